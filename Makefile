@@ -1,0 +1,46 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+TORCHRUN := .venv/bin/torchrun --standalone --nproc-per-node 2
+TARGETS := 0.02 0.03 0.05 0.07 0.10 0.13 0.15 0.18 0.20 0.23 0.26
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test lint check bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv ## train on two processes, rebuild eleven widths, report (into runs/demo)
+	rm -rf runs/demo
+	$(TORCHRUN) examples/digits/train.py --out runs/demo
+	$(TORCHRUN) -m sharded_phema reconstruct runs/demo/ema $(TARGETS) --out runs/demo/rebuilt
+	$(TORCHRUN) examples/digits/report.py --run runs/demo
+
+test: .venv ## all tests
+	$(PY) -m pytest -q
+
+lint: .venv ## format, lint rules, types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+check: lint test ## lint, then test: what a change must pass
+
+bench: .venv ## benchmarks, one table each
+	$(PY) benchmarks/rebuild.py
+
+clean: ## remove runs/demo, caches and build artefacts; .venv stays
+	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find sharded_phema tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+.venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "error: $(PYTHON) is not installed. hint: apt install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $$($(PYTHON) -V) is too old, 3.10 or newer is needed. hint: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments. hint: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,demo,plot]'
+	@touch $@

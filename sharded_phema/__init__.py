@@ -1,0 +1,40 @@
+"""Post-hoc averaging of model weights for sharded training.
+
+The names below load on first use: importing the package alone does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sharded_phema.errors import PhemaError
+    from sharded_phema.posthoc import PostHocEMA
+    from sharded_phema.rebuild import reconstruct
+    from sharded_phema.target import parse_target
+
+__all__ = ["PhemaError", "PostHocEMA", "__version__", "parse_target", "reconstruct"]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PhemaError": "sharded_phema.errors",
+    "PostHocEMA": "sharded_phema.posthoc",
+    "parse_target": "sharded_phema.target",
+    "reconstruct": "sharded_phema.rebuild",
+}
+
+# Hidden from type checkers: a module __getattr__ would let every misspelt name through.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        globals()[name] = value = getattr(import_module(_HOME[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

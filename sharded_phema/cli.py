@@ -1,0 +1,153 @@
+"""The command line: ``sharded-phema plan | info | reconstruct | plot``, alone or under torchrun."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sharded_phema import __version__
+from sharded_phema.errors import PhemaError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Post-hoc averaging of model weights for sharded training.",
+    epilog="Targets: 0.12 (sigma_rel), power:gamma=5, exponential:tau=2000, window:0.2, decay:linear:0.2, "
+    "each with an optional @t=TIME.",
+)
+plots = typer.Typer(no_args_is_help=True, help="Draw what a run can rebuild.")
+app.add_typer(plots, name="plot")
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that PostHocEMA wrote.")]
+Targets = Annotated[list[str], typer.Argument(metavar="TARGET...", help="What to rebuild, such as 0.12 or window:0.2.")]
+Metric = Literal["trajectory", "density"]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Picture = Annotated[Path, typer.Option("--out", help="PNG, PDF or SVG file to draw.")]
+
+Tolerance = Annotated[float, typer.Option(help="Largest forecast error to accept, relative to |raw - target|.")]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
+
+_WIDTHS = ["0.03", "0.05", "0.07", "0.10", "0.15", "0.20", "0.25", "decay:linear:0.2", "decay:cosine:0.2"]
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Version = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: sharded-phema plan --snapshots 8,16,32 --sigma-rels 0.05,0.10 --parameters 1.5e9")
+def plan(
+    targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET...]", help="What will be wanted.")] = None,
+    snapshots: Annotated[str, typer.Option(help="Numbers of snapshots to compare.")] = "8,16,32,64",
+    sigma_rels: Annotated[str, typer.Option(help="Widths that training tracks.")] = "0.05,0.10",
+    length: Annotated[float, typer.Option(help="Length of the run, in its unit of training time.")] = 100_000,
+    parameters: Annotated[float, typer.Option(help="Parameters of the model.")] = 1e9,
+    tolerance: Tolerance = math.inf,
+    json: Json = False,
+) -> None:
+    """Before training: what n snapshots of which widths will rebuild, and the disk they take."""
+    from sharded_phema.forecast import check_reachable, outlook
+    from sharded_phema.tables import show_outlooks
+    from sharded_phema.target import parse_targets
+
+    tracked, wanted = parse_targets(sigma_rels.split(",")), parse_targets(targets or _WIDTHS)
+    counts = _counts(snapshots)
+    outlooks = [outlook(tracked, wanted, n, length=length, parameters=parameters) for n in counts]
+    check_reachable(outlooks, wanted, tolerance)
+    show_outlooks(outlooks, wanted, as_json=json)
+
+
+@app.command(epilog="Example: sharded-phema info run/ema")
+def info(run: RunFolder, json: Json = False) -> None:
+    """What a run folder holds: averages, snapshots, sizes."""
+    from sharded_phema.store import open_run
+    from sharded_phema.tables import show_info
+
+    show_info(open_run(run), as_json=json)
+
+
+@app.command(
+    epilog="Example: torchrun --nproc-per-node 8 -m sharded_phema reconstruct run/ema 0.12 decay:linear:0.2 --out out"
+)
+def reconstruct(
+    run: RunFolder,
+    targets: Targets,
+    out: Annotated[Path, typer.Option(help="Folder to make; one subfolder per target.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Limit of one file.")] = "5GB",
+    tolerance: Tolerance = math.inf,
+    metric: Annotated[Metric, typer.Option(help="trajectory, or density as in the paper.")] = "trajectory",
+    json: Json = False,
+) -> None:
+    """Rebuild averages of any length from stored snapshots; under torchrun, each process its own part."""
+    from sharded_phema.rebuild import reconstruct as rebuild
+    from sharded_phema.tables import show_rebuilt
+    from sharded_phema.world import launched, rank_and_size
+
+    files: dict[str, Any] = {"out": out, "dtype": dtype, "max_shard_size": max_shard_size}
+    with launched():
+        done = rebuild(run, targets, tolerance=tolerance, metric=metric, progress=_bar, **files)
+        if rank_and_size()[0] == 0:
+            show_rebuilt(done, str(out), as_json=json)
+
+
+@plots.command("profiles", epilog="Example: sharded-phema plot profiles run/ema 0.12 window:0.2 --out profiles.png")
+def plot_profiles(run: RunFolder, targets: Targets, out: Picture) -> None:
+    """How much each moment of training counts: the stored averages, and targets rebuilt from them."""
+    from sharded_phema.plot import draw_profiles
+    from sharded_phema.store import open_run
+    from sharded_phema.target import parse_targets
+
+    draw_profiles(open_run(run), parse_targets(targets), out)
+
+
+@plots.command("forecast", epilog="Example: sharded-phema plot forecast run/ema --out forecast.png")
+def plot_forecast(run: RunFolder, out: Picture) -> None:
+    """Forecast error of every width that could be rebuilt."""
+    from sharded_phema.plot import draw_forecast
+    from sharded_phema.store import open_run
+
+    draw_forecast(open_run(run), out)
+
+
+def main() -> None:
+    """Run the command line. Exit code 0: done, 1: an error that the caller can mend, 2: usage."""
+    try:
+        app(prog_name="sharded-phema")
+    except PhemaError as error:
+        from sharded_phema.world import launch_rank
+
+        if launch_rank() == 0:
+            console = Console(stderr=True, soft_wrap=True, highlight=False)
+            console.print(f"[bold red]error:[/] {escape(error.message)}\n[bold]hint:[/] {escape(error.hint)}")
+        sys.exit(1)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers such as 8,16,32, found {text}", param_hint="--snapshots") from None
+
+
+def _bar(blocks: Iterable[Any]) -> Iterator[Any]:
+    from sharded_phema.world import rank_and_size
+
+    console = Console(stderr=True)
+    columns = (TextColumn("rebuilding"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal or rank_and_size()[0] != 0) as progress:
+        yield from progress.track(blocks)

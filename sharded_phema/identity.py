@@ -1,0 +1,76 @@
+"""What makes a model, its ranks and its run folder belong together, and the proof that they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from sharded_phema.errors import ModelMismatch, UnsupportedModel
+from sharded_phema.layout import ShardLayout
+from sharded_phema.manifest import Parameter, RunRecord
+from sharded_phema.world import gather
+
+__all__ = ["check_cover", "check_same_model", "run_record"]
+
+
+def run_record(run: str, unit: str, averages: Sequence[str], layout: ShardLayout) -> RunRecord:
+    """The record that a run of this model, in this unit, with these averages must have."""
+    parameters = tuple(Parameter(shard.name, shard.global_shape) for shard in layout)
+    return RunRecord(run, unit, tuple(averages), parameters)
+
+
+def check_cover(layout: ShardLayout) -> None:
+    """Prove that the ranks hold the same parameters and together every element once. Collective.
+
+    Raises:
+        ModelMismatch: The ranks disagree on names or shapes.
+        UnsupportedModel: Elements of a parameter are missing or held twice.
+    """
+    names = [(shard.name, shard.global_shape) for shard in layout]
+    owned = [sum(box.numel for box in shard.boxes) if shard.replica == 0 else 0 for shard in layout]
+    everyone = gather((names, owned))
+    for rank, (other, _) in enumerate(everyone):
+        if other != everyone[0][0]:
+            raise ModelMismatch(
+                f"rank {rank} holds other parameters than rank 0: {_difference(everyone[0][0], other)}",
+                hint="build and shard the same model on every rank",
+            )
+    totals = [sum(counts) for counts in zip(*(counts for _, counts in everyone), strict=True)]
+    for (name, shape), total in zip(names, totals, strict=True):
+        if total != math.prod(shape):
+            raise UnsupportedModel(
+                f"{name}: the ranks hold {total} elements, the whole parameter {shape} has {math.prod(shape)}",
+                hint="shard the model on a mesh that covers every rank once",
+            )
+
+
+def check_same_model(root: Path, found: RunRecord, expected: RunRecord) -> None:
+    """Prove that a run folder is of this model and tracks the same averages.
+
+    Raises:
+        ModelMismatch: It is not; says in what.
+    """
+    pairs: dict[str, tuple[Sequence[object], Sequence[object]]] = {
+        "parameters": ([(p.name, p.shape) for p in found.parameters], [(p.name, p.shape) for p in expected.parameters]),
+        "averages": (list(found.averages), list(expected.averages)),
+        "unit": ([found.unit], [expected.unit]),
+    }
+    for what, (stored, wanted) in pairs.items():
+        if stored != wanted:
+            raise ModelMismatch(
+                f"{root} holds a run with other {what}: {_difference(wanted, stored)}",
+                hint="give this run its own folder, or construct it as the run in this folder was",
+            )
+
+
+def _difference(expected: Sequence[object], found: Sequence[object]) -> str:
+    """The first place where two lists part."""
+    for index, (one, other) in enumerate(zip(expected, found, strict=False)):
+        if one != other:
+            return f"expected {_plain(one)} at position {index}, found {_plain(other)}"
+    return f"expected {len(expected)} of them, found {len(found)}"
+
+
+def _plain(item: object) -> str:
+    return f"{item[0]} of shape {item[1]}" if isinstance(item, tuple) else str(item)

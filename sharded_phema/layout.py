@@ -1,0 +1,110 @@
+"""Where each rank's piece of each parameter lies: boxes of global tensors, and the live tensors that fill them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the store's records use Box and are read without torch
+    from torch import Tensor
+
+__all__ = ["Box", "ParamShard", "ShardLayout", "boxes_of_flat_range", "canonical_name", "intersection", "whole"]
+
+_WRAPPER_SEGMENTS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The block ``tensor[o0 : o0 + s0, o1 : o1 + s1, ...]`` of a global tensor, in elements."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for the box of a 0-d tensor."""
+        return math.prod(self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index that cuts the box out of the global tensor."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class ParamShard:
+    """One rank's live piece of one parameter.
+
+    Attributes:
+        name: Name in the unwrapped model, free of wrapper segments.
+        global_shape: Shape of the whole parameter.
+        boxes: The blocks of the parameter that this rank holds; empty for an empty piece.
+        local: Alias of the live storage. Its elements in row-major order are the
+            row-major contents of the boxes, end to end. Local, any dtype and device.
+        replica: Position of this rank among those that hold the same boxes. Exactly
+            one of them has 0, and that one writes the piece to disk.
+        current: Gives the storage that the model uses now; it is ``local`` unless
+            somebody replaced the storage after the layout was made.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    local: Tensor
+    replica: int
+    current: Callable[[], Tensor]
+
+
+ShardLayout = tuple[ParamShard, ...]
+"""All pieces that one rank holds, in an order that is the same on every rank."""
+
+
+def canonical_name(name: str) -> str:
+    """Name of a parameter in the unwrapped model: segments that wrappers put in are left out."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is the entire tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def intersection(a: Box, b: Box) -> Box | None:
+    """Elements that two boxes of the same tensor share, or None where they share none."""
+    offsets = tuple(map(max, a.offsets, b.offsets))
+    ends = (min(oa + sa, ob + sb) for oa, sa, ob, sb in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True))
+    sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
+    return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
+
+
+def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:
+    """Cut a row-major range of a tensor into boxes.
+
+    Args:
+        shape: Global shape, in elements.
+        start: First element of the flattened tensor.
+        stop: One past the last element.
+
+    Returns:
+        At most ``2 * len(shape) - 1`` disjoint boxes (one for a 0-d tensor) whose
+        row-major contents, end to end, are the range.
+    """
+    if start >= stop:
+        return ()
+    if not shape:
+        return (Box((), ()),)
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # the range begins and ends inside one row
+        return _inside_row(shape, last, start - last * row, stop - last * row)
+    opening = _inside_row(shape, first - 1, start - (first - 1) * row, row) if start < first * row else ()
+    closing = _inside_row(shape, last, 0, stop - last * row)
+    full_rows = Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+    return (*opening, *((full_rows,) if first < last else ()), *closing)
+
+
+def _inside_row(shape: Sequence[int], row: int, start: int, stop: int) -> tuple[Box, ...]:
+    inner = boxes_of_flat_range(shape[1:], start, stop)
+    return tuple(Box((row, *box.offsets), (1, *box.sizes)) for box in inner)

@@ -1,0 +1,295 @@
+"""PostHocEMA: the running averages of one training run, kept beside its shards and stored as it goes."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_phema.averages import Averages
+from sharded_phema.backends import backend_of
+from sharded_phema.errors import OrderError
+from sharded_phema.identity import check_cover, check_same_model, run_record
+from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
+from sharded_phema.profile import Power
+from sharded_phema.schedule import Schedule
+from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
+from sharded_phema.store import create_run, open_run, run_exists, start_session, write_snapshot
+from sharded_phema.target import Target, parse_target, parse_targets
+from sharded_phema.width import step_weight
+from sharded_phema.world import agree, from_first, rank_and_size
+
+__all__ = ["PostHocEMA"]
+
+
+class PostHocEMA:
+    """Power-function averages of a model's weights, from which any other averaging length can be rebuilt later.
+
+    Each rank averages its own shards, in float32; neither ``update`` nor ``snapshot``
+    communicates. Made on every rank at once, after the model was sharded and moved.
+
+    Args:
+        model: A module, plain or sharded with ``fully_shard``, or inside DistributedDataParallel.
+        root: Run folder on storage that all ranks share; made if missing. A folder that holds this run
+            already is continued: restore the averages with ``load_state_dict`` or ``resume`` first.
+        sigma_rels: Relative widths of the averages to keep, each in (0, 0.2886). Two suffice to rebuild the others.
+        snapshot_every: Training time between snapshots, in ``unit``.
+        unit: What training time counts, such as "steps", "samples" or "tokens".
+        update_every: Least training time between updates; 0 updates at every call. Profiles stay exact.
+        start: Training time before which weights are not averaged.
+
+    Raises:
+        TargetError: A width or a rhythm is impossible.
+        UnsupportedModel: A parameter cannot be mapped to local shards.
+        ModelMismatch: The folder holds another model's run, or the ranks hold different models.
+
+    Source: Karras et al., arXiv:2312.02696, section 3.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        root: str | Path,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        snapshot_every: float = 1000,
+        unit: str = "steps",
+        *,
+        update_every: float = 0,
+        start: float = 0,
+    ) -> None:
+        self.root = Path(root)
+        self._model = model
+        self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
+        self._targets = parse_targets(sigma_rels)
+        self._backend, self._layout = agree(lambda: _mapped(model))
+        check_cover(self._layout)
+        self._record, self._parent, stored = from_first(lambda: self._open_run(unit))
+        self._session = from_first(lambda: uuid.uuid4().hex[:12])
+        self._averages = Averages(self._layout, len(self._targets))
+        self._clock = Clock()
+        self._resumed_at = 0.0
+        self._unrestored = stored  # times of snapshots that this object has not continued from
+        self._snapshots = 0
+        self._folder = (-math.inf, Path())  # when the last snapshot was taken, and where it lies
+        self._busy = ""
+
+    @property
+    def t(self) -> float:
+        """Training time of the last ``update``, in the run's unit."""
+        return self._clock.t
+
+    def update(self, t: float | None = None) -> None:
+        """Take the weights as they are now into every average. Call it after ``optimizer.step()``.
+
+        Args:
+            t: Training time, in the run's unit; one more than at the last call unless given. It may
+                advance by any amount, and the amount may change.
+
+        Raises:
+            OrderError: Time does not advance, the averages were not restored, or the weights are swapped.
+            StoreError: A snapshot was due and cannot be written.
+        """
+        last, t = self._clock.t, self._clock.t + 1 if t is None else float(t)
+        self._check_ready("update")
+        if not (math.isfinite(t) and t > last):
+            raise OrderError(
+                f"update at training time {t:.17g}: it must be later than the last one, {last:.17g}",
+                hint=f"count {self._record.unit} since the start of training, and call update once per optimizer step",
+            )
+        due = self._schedule.updates(self._clock.updated, t)
+        self._clock = self._clock.at(t)
+        if due:
+            self._move_averages()
+        if self._schedule.snapshots(last, t):
+            self.snapshot()
+
+    def snapshot(self) -> Path:
+        """Store the averages as of now. Every rank must call it; each writes its own shards.
+
+        Returns:
+            The snapshot's folder. A second call at the same training time stores nothing and gives the same folder.
+
+        Raises:
+            OrderError: Nothing was averaged yet, or the weights are swapped.
+            StoreError: This rank's part cannot be written; earlier snapshots are intact.
+        """
+        self._check_ready("snapshot")
+        self._averages.check_live()
+        if self._clock.updated < self._clock.t and self._clock.t >= self._schedule.start:
+            self._move_averages()
+        if self._clock.start == math.inf:
+            raise OrderError("snapshot: nothing was averaged yet", hint="call update() after the first optimizer step")
+        if self._folder[0] < self._clock.t:
+            self._folder = (self._clock.t, self._write())
+        return self._folder[1]
+
+    @contextmanager
+    def swapped(self, target: str | float | None = None, *, sigma_rel: float | None = None) -> Iterator[None]:
+        """Have the model compute with an average; its own weights are back, bit for bit, on any exit.
+
+        Args:
+            target: A tracked average, as a target: ``0.10`` or ``"power:gamma=6.94"``.
+            sigma_rel: The same, as a width.
+
+        Raises:
+            OrderError: The average is not tracked, nothing was averaged yet, or a swap is under way.
+        """
+        self._check_ready("swapped")
+        index = self._tracked(parse_target(_one_of(target, sigma_rel)))
+        saved = [shard.local.clone() for shard in self._layout]
+        self._busy = "the weights are swapped for an average"
+        try:
+            self._averages.copy_to_params_(index)
+            self._backend.publish(self._model)
+            yield
+        finally:
+            self._put_back(saved)
+            self._busy = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continuing bit for bit needs, for ``torch.distributed.checkpoint.save``.
+
+        Tensors alias the averages: save before the next update. Keys are parameter
+        names and hold global shapes, so that any world size can load them.
+        """
+        return state_of(self._clock, self._averages_by_label())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state that ``state_dict`` gave, on this or another world size.
+
+        Snapshots later than the state's training time are left behind, never overwritten.
+
+        Raises:
+            ModelMismatch: Averages or parameters differ; nothing is changed then.
+        """
+        self._continue_at(load_state(state_dict, self._averages_by_label()))
+
+    def resume(self, t: float | None = None) -> float:
+        """Continue from a snapshot alone: the one at training time ``t``, or the last. Call it on every rank.
+
+        Returns:
+            Training time of the restored averages.
+
+        Raises:
+            StoreError: There is no such snapshot, or it is damaged.
+        """
+        averages = self._averages_by_label()
+        self._continue_at(agree(lambda: fill_from_snapshot(open_run(self.root), t, averages)))
+        return self._clock.t
+
+    def close(self) -> None:
+        """Store what the last snapshot does not hold yet, and end. Closing twice is harmless."""
+        if self._busy != "closed":
+            if self._clock.start < math.inf and self._folder[0] < self._clock.t:
+                self.snapshot()
+            self._busy = "closed"
+
+    def __enter__(self) -> PostHocEMA:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+
+    def _open_run(self, unit: str) -> tuple[RunRecord, str, tuple[float, ...]]:
+        """The run's record, the session to continue and its snapshot times; rank 0 makes the folder if need be."""
+        labels = tuple(_label(target) for target in self._targets)
+        expected = run_record(uuid.uuid4().hex, unit, labels, self._layout)
+        if not run_exists(self.root):
+            create_run(self.root, expected)
+            return expected, "", ()
+        run = open_run(self.root)
+        check_same_model(self.root, run.record, expected)
+        return run.record, run.head, tuple(snapshot.t for snapshot in run.snapshots)
+
+    def _move_averages(self) -> None:
+        self._averages.update_([self._weight(target) for target in self._targets])
+        self._clock = self._clock.after_update()
+
+    def _weight(self, target: Target) -> float:
+        if self._clock.start == math.inf:
+            return 1.0  # the first weights that are averaged are the average
+        profile = target.profile(self._clock.t, self._clock.start)
+        assert isinstance(profile, Power)
+        return step_weight(profile.gamma, self._clock.t, self._clock.t - self._clock.updated)
+
+    def _write(self) -> Path:
+        rank, size = rank_and_size()
+        if self._snapshots == 0:
+            session = SessionRecord(self._record.run, self._session, self._parent, self._resumed_at, size)
+            start_session(self.root, session, rank, self._layout)
+        clock = self._clock
+        part = PartRecord(self._record.run, self._session, self._snapshots, rank, clock.t, clock.start, size=0)
+        folder = write_snapshot(self.root, part, self._averages_by_label())
+        self._snapshots += 1
+        return folder
+
+    def _averages_by_label(self) -> dict[str, Any]:
+        return {label: self._averages.layout(index) for index, label in enumerate(self._record.averages)}
+
+    def _continue_at(self, clock: Clock) -> None:
+        if self._busy or self._snapshots:
+            raise OrderError(
+                "restoring: this object has stored snapshots or is in use",
+                hint="restore right after making PostHocEMA, before the first update",
+            )
+        self._clock, self._resumed_at = clock, clock.t
+        if clock.t in self._unrestored:
+            self._folder = (clock.t, self.root)
+        self._unrestored = ()
+
+    def _tracked(self, wanted: Target) -> int:
+        if self._clock.start == math.inf:
+            raise OrderError("swapped: nothing was averaged yet", hint="call update() after the first optimizer step")
+        label = _label(wanted)
+        if label not in self._record.averages:
+            raise OrderError(
+                f"swapped: {wanted.text} is not tracked; this run tracks {[target.text for target in self._targets]}",
+                hint="swap one of those, or rebuild the other from snapshots with reconstruct",
+            )
+        return self._record.averages.index(label)
+
+    @torch.no_grad()
+    def _put_back(self, saved: Sequence[Tensor]) -> None:
+        for shard, value in zip(self._layout, saved, strict=True):
+            shard.local.copy_(value)
+        self._backend.publish(self._model)
+
+    def _check_ready(self, act: str) -> None:
+        if self._busy:
+            raise OrderError(f"{act}: {self._busy}", hint="leave the swapped block first, or make a new PostHocEMA")
+        if self._unrestored:
+            raise OrderError(
+                f"{act}: {self.root} holds this run's snapshots up to {self._record.unit} {self._unrestored[-1]:.17g}, "
+                "and their averages were not restored",
+                hint="load the state with dcp.load({'ema': ema}, ...) or ema.resume(); a new run needs its own folder",
+            )
+
+
+def _mapped(model: Any) -> tuple[Any, Any]:
+    backend = backend_of(model)
+    return backend, backend.shard_layout(model)
+
+
+def _label(target: Target) -> str:
+    """How a tracked average is recorded: by its exponent, which unlike a width is never rounded."""
+    profile = target.profile(1.0)
+    if not isinstance(profile, Power) or target.time is not None:
+        raise OrderError(
+            f"{target.text} is not a power average that can be tracked", hint="track widths such as 0.05 and 0.10"
+        )
+    return parse_target(f"power:gamma={profile.gamma!r}").text
+
+
+def _one_of(target: str | float | None, sigma_rel: float | None) -> str | float:
+    given = [value for value in (target, sigma_rel) if value is not None]
+    if len(given) != 1:
+        raise OrderError(f"swapped takes one average, found {len(given)}", hint="for example swapped(sigma_rel=0.10)")
+    return given[0]

@@ -1,0 +1,118 @@
+"""Reconstruction: any average from the stored ones, each process its own blocks, in one pass over the snapshots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharded_phema.errors import OutputError
+from sharded_phema.export import TensorFiles, byte_count, staged, tensor_files
+from sharded_phema.fit import Metric
+from sharded_phema.recipe import Plan, plan_rebuild, recipe_text
+from sharded_phema.store import open_run
+from sharded_phema.target import parse_targets
+from sharded_phema.world import agree, rank_and_size
+
+__all__ = ["BLOCK", "Blocks", "reconstruct"]
+
+BLOCK = 1 << 18
+"""Elements that are rebuilt at a time. The grid of blocks starts at each parameter and
+does not depend on the number of processes, so that the result does not either."""
+
+T = TypeVar("T")
+
+
+class Blocks(Iterable[None]):
+    """The blocks of one process; iterating rebuilds and writes one after another."""
+
+    def __init__(self, plan: Plan, files: TensorFiles, folders: Sequence[Path]) -> None:
+        self._plan, self._files, self._folders = plan, files, folders
+        sizes = [math.prod(parameter.shape) for parameter in plan.run.record.parameters]
+        grid = [(p, i, min(i + BLOCK, size)) for p, size in enumerate(sizes) for i in range(0, size, BLOCK)]
+        rank, ranks = rank_and_size()
+        self._mine = grid[len(grid) * rank // ranks : len(grid) * (rank + 1) // ranks]
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def __iter__(self) -> Iterator[None]:
+        for parameter, start, stop in self._mine:
+            values = _rebuild(self._plan, parameter, start, stop)
+            record, place = self._plan.run.record.parameters[parameter], self._files.places[parameter]
+            for folder, row in zip(self._folders, values, strict=True):
+                self._files.write(folder, record, place, start, row)
+            yield
+
+
+def _rebuild(plan: Plan, parameter: int, start: int, stop: int) -> NDArray[np.float64]:
+    """Elements ``[start, stop)`` of one flattened parameter of every target, shape (targets, stop - start).
+
+    Sums run in float64, source after source and product before sum, so that every
+    element has the same bits however the work was divided.
+    """
+    sums = np.zeros((len(plan.targets), stop - start))
+    product = np.empty(stop - start)
+    for source, weights in zip(plan.sources, plan.coefficients, strict=True):
+        values = source.snapshot.read_flat(source.average, parameter, start, stop).astype(np.float64)
+        for k in np.flatnonzero(weights):
+            np.multiply(values, weights[k], out=product)
+            sums[k] += product
+    return sums
+
+
+def reconstruct(
+    root: str | Path,
+    targets: Sequence[str | float],
+    *,
+    out: str | Path,
+    format: str = "safetensors",
+    dtype: str = "float32",
+    max_shard_size: str | int = "5GB",
+    tolerance: float = math.inf,
+    metric: Metric = "trajectory",
+    progress: Callable[[Iterable[T]], Iterable[T]] = iter,
+) -> Plan:
+    """Rebuild averages from a run's snapshots and write them, one folder a target.
+
+    Under torchrun every process rebuilds and writes its own part; the files have the
+    same bytes for any number of processes. Nothing appears at ``out`` unless all of it does.
+
+    Args:
+        root: Run folder.
+        targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``.
+        out: Folder to make; a subfolder per target holds ``model.safetensors`` and ``phema.json``.
+        format: Only "safetensors": files, and an index where there are several, as Hugging Face reads them.
+        dtype: "float32", "bfloat16" or "float16"; rounding happens once, at the end.
+        max_shard_size: Limit of one file, such as "5GB".
+        tolerance: Largest forecast error, relative to |raw weights - target|, that is accepted.
+        metric: "trajectory", or "density" for the paper's own procedure.
+        progress: Wraps the blocks of this process, to draw a bar.
+
+    Returns:
+        The plan, with the forecast of every target.
+
+    Raises:
+        PhemaError: A target, the run folder or the output folder will not do; nothing was written then.
+    """
+    if format != "safetensors":
+        raise OutputError(f"format: expected safetensors, found {format!r}", hint="leave format out")
+    out = Path(out)
+    wanted, limit = parse_targets(targets), byte_count(max_shard_size)
+    plan = agree(lambda: plan_rebuild(open_run(root), wanted, tolerance=tolerance, metric=metric))
+    files = tensor_files(plan.run.record.parameters, dtype, limit)
+    slugs = [planned.target.slug for planned in plan.targets]
+
+    def create(stage: Path) -> None:
+        for index, slug in enumerate(slugs):
+            files.create(stage / slug)
+            (stage / slug / "phema.json").write_text(recipe_text(plan, index, dtype, metric))
+
+    with staged(out, create) as stage:
+        for _ in progress(Blocks(plan, files, [stage / slug for slug in slugs])):  # type: ignore[arg-type]
+            pass
+    return plan

@@ -1,0 +1,71 @@
+"""Boxes of a global tensor as torch.distributed.checkpoint takes them, from any backend, without a gather."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from sharded_phema.layout import ParamShard
+
+__all__ = ["BoxTensor"]
+
+
+class BoxTensor(Tensor):
+    """A tensor of global shape of which only some boxes are here, each an alias of local storage.
+
+    It implements the methods by which ``torch.distributed.checkpoint`` asks a
+    sharded tensor for its pieces, so that ``dcp.save`` writes them and ``dcp.load``
+    fills them in place, for any cut into boxes. It has no arithmetic.
+    """
+
+    pieces: dict[torch.Size, Tensor]  # by offsets
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], pieces: dict[torch.Size, Tensor], like: Tensor) -> BoxTensor:
+        """Wrap ``pieces``, keyed by their offsets, as a tensor of ``shape`` with dtype and device of ``like``."""
+        wrapper: BoxTensor = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=like.dtype, device=like.device)
+        wrapper.pieces = pieces
+        return wrapper
+
+    @classmethod
+    def of(cls, shard: ParamShard) -> BoxTensor:
+        """The boxes of a shard; writing into them writes into ``shard.local``, which must be contiguous."""
+        pieces, start, flat = {}, 0, shard.local.view(-1)
+        for box in shard.boxes:
+            pieces[torch.Size(box.offsets)] = flat[start : start + box.numel].view(box.sizes)
+            start += box.numel
+        return cls(shard.global_shape, pieces, shard.local)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Only an alias can be made; whatever else is asked of a tensor needs all of it."""
+        if func is torch.ops.aten.detach.default:
+            return cls(tuple(args[0].shape), args[0].pieces, args[0])
+        raise TypeError(f"{func} needs the whole tensor, and only some of its boxes are on this rank")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape and the boxes that are here."""
+        return f"BoxTensor({tuple(self.shape)}, boxes at {[tuple(offsets) for offsets in self.pieces]})"
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets, piece.size()) for offsets, piece in self.pieces.items()]
+
+    def __create_write_items__(self, fqn: str, obj: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        # index.index counts the chunks of all ranks on save and of this rank on load; offsets mean one thing.
+        assert index.offset is not None
+        return self.pieces[index.offset]

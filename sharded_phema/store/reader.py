@@ -1,0 +1,120 @@
+"""Reading: any box of any stored average of one snapshot, whichever ranks stored it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharded_phema.errors import StoreError
+from sharded_phema.layout import Box, boxes_of_flat_range, intersection
+from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord
+from sharded_phema.store import names
+from sharded_phema.store.files import read_floats, tensor_table
+
+__all__ = ["Snapshot"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All tracked averages at one training time, as every rank stored its part of them.
+
+    Attributes:
+        folder: Where it lies.
+        record: The run that it belongs to.
+        parts: The part of each rank, in rank order.
+        layouts: What each rank stores throughout the session, in rank order.
+    """
+
+    folder: Path
+    record: RunRecord
+    parts: tuple[PartRecord, ...]
+    layouts: tuple[LayoutRecord, ...] = field(repr=False)
+
+    @property
+    def t(self) -> float:
+        """Training time at which it was taken, in the run's unit."""
+        return self.parts[0].t
+
+    @property
+    def start(self) -> float:
+        """Training time of the first update that entered the averages."""
+        return self.parts[0].start
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensor files."""
+        return sum(part.size for part in self.parts)
+
+    def read_box(self, average: int, parameter: int, box: Box) -> NDArray[np.float32]:
+        """One box of one parameter of one average, read from the ranks that stored parts of it.
+
+        Args:
+            average: Index into the run's averages.
+            parameter: Index into the run's parameters.
+            box: Any box of the global parameter.
+
+        Returns:
+            Array of shape ``box.sizes``.
+
+        Raises:
+            StoreError: A file is damaged, or the stored boxes do not cover the box.
+        """
+        out, found = np.empty(box.sizes, np.float32), 0
+        for rank, layout in enumerate(self.layouts):
+            for number, stored in enumerate(layout.boxes[parameter]):
+                if (shared := intersection(stored, box)) is not None:
+                    values = self._read_part(rank, average, parameter, number, shared)
+                    out[_within(box, shared)] = values
+                    found += shared.numel
+        if found != box.numel:
+            raise StoreError(
+                f"{self.folder}: {found} of {box.numel} elements of {self.record.parameters[parameter].name} "
+                f"in {box} are stored",
+                hint="the layout records of the run were edited or mixed; restore the run folder",
+            )
+        return out
+
+    def read_flat(self, average: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
+        """Elements ``[start, stop)`` of one flattened parameter of one average."""
+        boxes = boxes_of_flat_range(self.record.parameters[parameter].shape, start, stop)
+        pieces = [self.read_box(average, parameter, box).reshape(-1) for box in boxes]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
+
+    def _read_part(self, rank: int, average: int, parameter: int, number: int, shared: Box) -> NDArray[np.float32]:
+        part = self.parts[rank]
+        tensor = names.tensor_name(self.record.averages[average], self.record.parameters[parameter].name)
+        path = names.tensors_path(self.folder, rank)
+        metadata, ranges = tensor_table(path, part.size)
+        identity = {key: str(getattr(part, key)) for key in ("run", "session", "snapshot", "rank")}
+        stored = self.layouts[rank].boxes[parameter][number]
+        begin, end = ranges.get(names.box_key(tensor, number), (0, 0))
+        if metadata != identity or end - begin != 4 * stored.numel:
+            raise StoreError(
+                f"{path}: not the tensors that its record names: expected {identity} with {stored.numel} elements of "
+                f"{tensor}, found {metadata} with {(end - begin) // 4}",
+                hint="the file was swapped or is stale; restore it from a backup",
+            )
+        return _cut(path, begin, stored, shared)
+
+
+def _within(outer: Box, inner: Box) -> tuple[slice, ...]:
+    """Index of ``inner`` in an array that holds ``outer``."""
+    return Box(tuple(i - o for i, o in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes).slices
+
+
+def _cut(path: Path, begin: int, stored: Box, shared: Box) -> NDArray[np.float32]:
+    """Read ``shared`` out of the row-major ``stored`` box that begins at a byte of a file.
+
+    One read spans it from its first to its last element; where it is narrower than
+    the stored rows, what lies between is read and skipped.
+    """
+    strides = np.ones(len(stored.sizes), np.int64)
+    strides[:-1] = np.cumprod(stored.sizes[:0:-1], dtype=np.int64)[::-1]
+    corner = np.subtract(shared.offsets, stored.offsets)
+    first = int(corner @ strides)
+    last = first + int(np.subtract(shared.sizes, 1) @ strides)
+    span = read_floats(path, begin + 4 * first, begin + 4 * (last + 1))
+    return np.lib.stride_tricks.as_strided(span, shared.sizes, tuple(4 * int(s) for s in strides), writeable=False)

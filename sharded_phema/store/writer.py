@@ -1,0 +1,133 @@
+"""Writing: a run's record, a session's layout, and each rank's own part of every snapshot."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from sharded_phema.errors import StoreError
+from sharded_phema.layout import ShardLayout
+from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord, SessionRecord, encode
+from sharded_phema.store import names
+from sharded_phema.store.boxes import BoxTensor
+from sharded_phema.store.files import place, write_text
+
+__all__ = ["create_run", "start_session", "write_snapshot"]
+
+
+def create_run(root: Path, record: RunRecord) -> None:
+    """Make the folder of a new run. Called by one rank."""
+    write_text(names.run_path(root), encode(record))
+
+
+def start_session(root: Path, record: SessionRecord, rank: int, layout: ShardLayout) -> None:
+    """Record which boxes this rank will store; rank 0 records the session too. Called by every rank, no collective."""
+    boxes = tuple(shard.boxes if shard.replica == 0 else () for shard in layout)
+    path = names.layout_path(root, record.session, rank)
+    write_text(path, encode(LayoutRecord(record.run, record.session, rank, boxes)))
+    if rank == 0:
+        write_text(names.session_path(root, record.session), encode(record))
+
+
+def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLayout]) -> Path:
+    """Store this rank's boxes of every average. Called by every rank, no collective.
+
+    The snapshot exists for readers once the last rank's part is on disk.
+
+    Args:
+        root: Run folder.
+        part: Who writes what, and when; its size is found here.
+        averages: For each label of the run's record the average's shards; only first replicas are stored.
+
+    Returns:
+        The snapshot's folder, the same on all ranks.
+
+    Raises:
+        StoreError: A file exists already or cannot be written.
+    """
+    folder = names.snapshot_folder(root, part.session, part.snapshot)
+    state = {
+        names.tensor_name(label, shard.name): BoxTensor.of(shard)
+        for label, layout in averages.items()
+        for shard in layout
+        if shard.replica == 0
+    }
+    with warnings.catch_warnings():
+        # Each rank saves for itself on purpose: what the ranks hold was agreed when the averages were made.
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        save(state, storage_writer=_PartWriter(folder, part), planner=planner, no_dist=True)
+    return folder
+
+
+class _PartWriter(StorageWriter):
+    """Stores one rank's plan as a safetensors file and then, as its commit, the part's record."""
+
+    def __init__(self, folder: Path, part: PartRecord) -> None:
+        self._folder, self._part = folder, part
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            raise StoreError(
+                f"a part of {self._folder} cannot be saved as {checkpoint_id}", hint="leave checkpoint_id out"
+            )
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass  # nothing is shared between ranks
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        items, keys = plan.items, _keys(plan.items)
+        tensors = {key: _resolved(planner, item) for key, item in zip(keys, items, strict=True)}
+        identity = {key: str(getattr(self._part, key)) for key in ("run", "session", "snapshot", "rank")}
+        path = names.tensors_path(self._folder, self._part.rank)
+        place(path, lambda temporary: save_file(tensors, temporary, metadata=identity))
+        part = replace(self._part, size=path.stat().st_size)
+        write_text(names.part_path(self._folder, part.rank), encode(part))
+        written = [WriteResult(item.index, tensors[key].nbytes, None) for key, item in zip(keys, items, strict=True)]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(written)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        pass  # the part's record is the commit
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+
+def _resolved(planner: SavePlanner, item: WriteItem) -> Tensor:
+    data = planner.resolve_data(item)
+    assert isinstance(data, Tensor), "only boxes of tensors are planned"
+    return data.detach()
+
+
+def _keys(items: list[WriteItem]) -> list[str]:
+    """Key of each item in the tensor file; the boxes of one tensor are counted in the order of its layout."""
+    seen: dict[str, int] = {}
+    keys = []
+    for item in items:
+        if item.type != WriteItemType.SHARD:
+            raise StoreError(f"{item.index.fqn} is no sharded tensor", hint="snapshots hold averages only")
+        keys.append(names.box_key(item.index.fqn, seen.setdefault(item.index.fqn, 0)))
+        seen[item.index.fqn] += 1
+    return keys

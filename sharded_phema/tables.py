@@ -1,0 +1,118 @@
+"""What the command line prints: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sharded_phema.forecast import Outlook
+from sharded_phema.profile import Power
+from sharded_phema.recipe import Plan
+from sharded_phema.store import Run
+from sharded_phema.target import Target, parse_target
+from sharded_phema.width import sigma_rel_of
+
+__all__ = ["show_info", "show_outlooks", "show_rebuilt", "size_text"]
+
+
+def size_text(size: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"
+
+
+def show_info(run: Run, *, as_json: bool) -> None:
+    """What a run folder holds."""
+    record = run.record
+    facts: dict[str, Any] = {
+        "run": record.run,
+        "unit": record.unit,
+        "averages": [_average(label) for label in record.averages],
+        "parameters": len(record.parameters),
+        "elements": run.numel,
+        "snapshots": len(run.snapshots),
+        "bytes": sum(snapshot.size for snapshot in run.snapshots),
+        "unfinished": run.unfinished,
+        "abandoned": run.abandoned,
+    }
+    rows = [(s.t, len(s.parts), s.size, str(s.folder)) for s in run.snapshots]
+    if as_json:
+        keys = ("t", "ranks", "bytes", "folder")
+        _print_json(facts | {"snapshots": [dict(zip(keys, row, strict=True)) for row in rows]})
+        return
+    table = Table("", "", title=str(run.root), show_header=False)
+    for key, value in facts.items():
+        text = size_text(value) if key == "bytes" else ", ".join(value) if isinstance(value, list) else f"{value}"
+        table.add_row(key, text)
+    listing = Table(record.unit, "ranks", "size", "folder", title="snapshots")
+    for t, ranks, size, folder in rows:
+        listing.add_row(f"{t:.17g}", str(ranks), size_text(size), folder)
+    _print(table, listing)
+
+
+def _average(label: str) -> str:
+    profile = parse_target(label).profile(1.0)
+    assert isinstance(profile, Power)
+    return f"sigma_rel {float(sigma_rel_of(profile.gamma)):.4g} ({label})"
+
+
+def show_outlooks(outlooks: Sequence[Outlook], targets: Sequence[Target], *, as_json: bool) -> None:
+    """Forecasts by target and number of snapshots, and the disk that each number takes."""
+    if as_json:
+        plans = [
+            {
+                "snapshots": plan.snapshots,
+                "bytes": plan.size,
+                "forecasts": {target.text: f for target, f in zip(targets, plan.forecasts, strict=True)},
+            }
+            for plan in outlooks
+        ]
+        _print_json({"plans": plans})
+        return
+    table = Table(
+        "target",
+        *(f"{plan.snapshots} snapshots" for plan in outlooks),
+        title="forecast: error of the rebuilt average, relative to |raw - target|",
+    )
+    for k, target in enumerate(targets):
+        table.add_row(target.text, *(_error(plan.forecasts[k]) for plan in outlooks))
+    table.add_section()
+    table.add_row("disk", *(size_text(plan.size) for plan in outlooks))
+    _print(table)
+
+
+def show_rebuilt(plan: Plan, out: str, *, as_json: bool) -> None:
+    """What was rebuilt, with which forecast."""
+    rows = [(p.target.text, p.t, p.fit.forecast, p.fit.noise_gain, f"{out}/{p.target.slug}") for p in plan.targets]
+    if as_json:
+        keys = ("target", "t", "forecast", "noise_gain", "folder")
+        read = {"sources": len(plan.sources), "bytes_read": plan.bytes_to_read}
+        _print_json(read | {"targets": [dict(zip(keys, row, strict=True)) for row in rows]})
+        return
+    title = f"rebuilt from {len(plan.sources)} stored averages, {size_text(plan.bytes_to_read)} read"
+    table = Table("target", plan.run.record.unit, "forecast error", "sum of |c|", "folder", title=title)
+    for text, t, error, gain, folder in rows:
+        table.add_row(text, f"{t:.17g}", _error(error), f"{gain:.3g}", folder)
+    _print(table)
+
+
+def _error(forecast: float) -> str:
+    return "stored" if forecast == 0 else f"{forecast:.1e}"
+
+
+def _print(*tables: Table) -> None:
+    # Piped output keeps whole lines: a width of 80 would cut folders apart.
+    console = Console() if Console().is_terminal else Console(width=160)
+    for table in tables:
+        console.print(table)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1))

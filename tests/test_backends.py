@@ -1,0 +1,144 @@
+"""Backends: the contract, for every kind of model that is supported, and refusals for those that are not."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from sharded_phema.backends import backend_of
+from sharded_phema.backends.fsdp2 import box_on_mesh
+from sharded_phema.errors import UnsupportedModel
+from contract import check_contract, check_live
+from models import inputs, make_model, shard
+from ranks import run_ranks
+
+
+def whole_parameters() -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in make_model().named_parameters()}
+
+
+def plain_body() -> None:
+    model = make_model()
+    backend = backend_of(model)
+    assert backend.name == "plain"
+    check_contract(backend, model, whole_parameters())
+    check_live(backend, model, inputs(0))
+
+
+def ddp_body() -> None:
+    model = nn.parallel.DistributedDataParallel(make_model())
+    backend = backend_of(model)
+    check_contract(backend, model, whole_parameters())
+    check_live(backend, model, inputs(0))
+
+
+def fsdp2_body(mesh_shape: tuple[int, ...], low_precision: bool) -> None:
+    model = shard(make_model(), mesh_shape=mesh_shape, low_precision=low_precision)
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    backend = backend_of(model)
+    assert backend.name == "fsdp2"
+    check_contract(backend, model, whole_parameters())
+    check_live(backend, model, inputs(0))
+    # A forward without backward leaves the root gathered; the layout must still show the shards.
+    with torch.no_grad():
+        model(inputs(1))
+    check_contract(backend, model, whole_parameters())
+
+
+def mixed_body() -> None:
+    """A scalar that FSDP refuses is ignored by it and stays whole on every rank."""
+    model = make_model()
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    whole = {name: param.detach().clone() for name, param in model.named_parameters()}
+    fully_shard(model, ignored_params={model.scale})
+    check_contract(backend_of(model), model, whole)
+
+
+def dtensor_body() -> None:
+    """DTensors without FSDP: columns over one axis, replicas over the other."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    model, whole = nn.Linear(5, 7, bias=False), {}
+    whole["weight"] = model.weight.detach().clone()
+    model.weight = nn.Parameter(distribute_tensor(whole["weight"], mesh, [Replicate(), Shard(1)]))
+    check_contract(backend_of(model), model, whole)
+
+
+def partial_mesh_body() -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["b"]
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(UnsupportedModel) as caught:
+        backend_of(model).shard_layout(model)
+    return str(caught.value)
+
+
+def test_a_plain_module_keeps_the_contract() -> None:
+    plain_body()
+
+
+@pytest.mark.parametrize("body", [plain_body, ddp_body])
+def test_replicated_modules_keep_the_contract_on_two_ranks(body) -> None:
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh_shape", "low_precision"), [(2, (), False), (4, (), False), (2, (), True), (4, (2, 2), False)]
+)
+def test_fully_sharded_modules_keep_the_contract(ranks: int, mesh_shape: tuple[int, ...], low_precision: bool) -> None:
+    run_ranks(ranks, fsdp2_body, mesh_shape, low_precision)
+
+
+def test_a_parameter_that_fsdp_ignores_is_held_whole_and_written_once() -> None:
+    run_ranks(2, mixed_body)
+
+
+def test_dtensors_cut_by_columns_and_replicated_keep_the_contract() -> None:
+    run_ranks(4, dtensor_body)
+
+
+def test_a_mesh_that_leaves_ranks_out_is_refused_by_name() -> None:
+    for message in run_ranks(4, partial_mesh_body):
+        assert "weight: its mesh" in message and "2 ranks, the world has 4" in message and "hint: " in message
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"expected a torch\.nn\.Module"):
+        backend_of({"weight": torch.zeros(1)})
+
+
+def test_a_deepspeed_engine_is_refused_rather_than_taken_for_a_plain_module() -> None:
+    engine = type("DeepSpeedEngine", (nn.Module,), {})()
+    with pytest.raises(UnsupportedModel, match="found DeepSpeedEngine"):
+        backend_of(engine)
+
+
+def test_wrapper_segments_are_no_part_of_names() -> None:
+    compiled = torch.compile(make_model())
+    layout = backend_of(compiled).shard_layout(compiled)
+    assert [shard.name for shard in layout] == list(whole_parameters())
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
+    mesh=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+    data=st.data(),
+)
+def test_boxes_of_all_places_of_a_mesh_cover_the_tensor_once_for_each_replica(shape, mesh, data) -> None:
+    """Oracle: counting every element by brute force."""
+    dims = st.one_of(st.none(), st.integers(0, len(shape) - 1))
+    axes = tuple(data.draw(dims) for _ in mesh)
+    held: dict[int, torch.Tensor] = {}
+    for place in itertools.product(*map(range, mesh)):
+        box, replica = box_on_mesh(shape, axes, mesh, place)
+        held.setdefault(replica, torch.zeros(shape, dtype=torch.int64))[box.slices] += 1
+    replicas = 1
+    for ranks, dim in zip(mesh, axes, strict=True):
+        replicas *= ranks if dim is None else 1
+    assert sorted(held) == list(range(replicas))
+    assert all(count.eq(1).all() for count in held.values())
