@@ -185,9 +185,11 @@ def _make_stage(out: Path, create: Callable[[Path], None]) -> Path:
     try:
         stage.mkdir(parents=True)
         create(stage)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
-        raise OutputError(f"{out} cannot be made: {error}", hint="check free space and permissions") from error
+        if isinstance(error, OSError):
+            raise _not_made(out, error) from error
+        raise
     return stage
 
 
@@ -196,7 +198,14 @@ def _commit(stage: Path, out: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    stage.rename(out)
+    try:
+        stage.rename(out)
+    except OSError as error:
+        raise _not_made(out, error) from error
+
+
+def _not_made(out: Path, error: OSError) -> OutputError:
+    return OutputError(f"{out} cannot be made: {error}", hint="check free space and permissions")
 
 
 def _raise_any(errors: Sequence[Exception]) -> None:
@@ -213,7 +222,7 @@ def byte_count(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(text))
     try:
         size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise OutputError(f"expected a size such as 5GB or 512MiB, found {text!r}", hint="for example 5GB")

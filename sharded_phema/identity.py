@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharded_phema.errors import ModelMismatch, UnsupportedModel
+from sharded_phema.errors import ModelMismatch, TargetError, UnsupportedModel
 from sharded_phema.layout import ShardLayout
 from sharded_phema.manifest import Parameter, RunRecord
 from sharded_phema.world import gather
@@ -15,7 +15,15 @@ __all__ = ["check_cover", "check_same_model", "run_record"]
 
 
 def run_record(run: str, unit: str, averages: Sequence[str], layout: ShardLayout) -> RunRecord:
-    """The record that a run of this model, in this unit, with these averages must have."""
+    """The record that a run of this model, in this unit, with these averages must have.
+
+    Raises:
+        TargetError: The unit is no name.
+    """
+    if not (isinstance(unit, str) and unit.strip()):
+        raise TargetError(
+            f"unit: expected a name of what training time counts, found {unit!r}", hint='try unit="steps"'
+        )
     parameters = tuple(Parameter(shard.name, shard.global_shape) for shard in layout)
     return RunRecord(run, unit, tuple(averages), parameters)
 

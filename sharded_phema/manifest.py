@@ -132,7 +132,7 @@ def decode(kind: type[R], text: str | bytes, where: object) -> R:
             raise ValueError(f"expected a {kind.__name__} of version {VERSION}, found {head}")
         record: R = _typed(kind, data, kind.__name__)
         return record
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise StoreError(
             f"{where}: not a record of sharded_phema that this version reads: {error}",
             hint="the file was damaged or edited, or a newer version wrote it; restore it or upgrade",

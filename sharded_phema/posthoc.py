@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_phema.averages import Averages
 from sharded_phema.backends import backend_of
-from sharded_phema.errors import OrderError
+from sharded_phema.errors import OrderError, TargetError
 from sharded_phema.identity import check_cover, check_same_model, run_record
 from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
 from sharded_phema.profile import Power
@@ -70,13 +70,14 @@ class PostHocEMA:
         self._targets = parse_targets(sigma_rels)
         self._backend, self._layout = agree(lambda: _mapped(model))
         check_cover(self._layout)
+        self._labels = _labels(self._targets)
         self._record, self._parent, stored = from_first(lambda: self._open_run(unit))
         self._session = from_first(lambda: uuid.uuid4().hex[:12])
         self._averages = Averages(self._layout, len(self._targets))
         self._clock = Clock()
         self._resumed_at = 0.0
-        self._unrestored = stored  # times of snapshots that this object has not continued from
-        self._snapshots = 0
+        self._unrestored = stored  # snapshots that this object has not continued from: time and folder
+        self._snapshots, self._started = 0, False
         self._folder = (-math.inf, Path())  # when the last snapshot was taken, and where it lies
         self._busy = ""
 
@@ -122,8 +123,7 @@ class PostHocEMA:
         """
         self._check_ready("snapshot")
         self._averages.check_live()
-        if self._clock.updated < self._clock.t and self._clock.t >= self._schedule.start:
-            self._move_averages()
+        self._take_pending()
         if self._clock.start == math.inf:
             raise OrderError("snapshot: nothing was averaged yet", hint="call update() after the first optimizer step")
         if self._folder[0] < self._clock.t:
@@ -142,6 +142,7 @@ class PostHocEMA:
             OrderError: The average is not tracked, nothing was averaged yet, or a swap is under way.
         """
         self._check_ready("swapped")
+        self._averages.check_live()
         index = self._tracked(parse_target(_one_of(target, sigma_rel)))
         saved = [shard.local.clone() for shard in self._layout]
         self._busy = "the weights are swapped for an average"
@@ -169,6 +170,7 @@ class PostHocEMA:
         Raises:
             ModelMismatch: Averages or parameters differ; nothing is changed then.
         """
+        self._check_fresh()
         self._continue_at(load_state(state_dict, self._averages_by_label()))
 
     def resume(self, t: float | None = None) -> float:
@@ -180,16 +182,21 @@ class PostHocEMA:
         Raises:
             StoreError: There is no such snapshot, or it is damaged.
         """
+        self._check_fresh()
         averages = self._averages_by_label()
         self._continue_at(agree(lambda: fill_from_snapshot(open_run(self.root), t, averages)))
         return self._clock.t
 
     def close(self) -> None:
         """Store what the last snapshot does not hold yet, and end. Closing twice is harmless."""
-        if self._busy != "closed":
-            if self._clock.start < math.inf and self._folder[0] < self._clock.t:
-                self.snapshot()
-            self._busy = "closed"
+        if self._busy == "closed":
+            return
+        if self._busy:
+            self._check_ready("close")
+        self._take_pending()
+        if self._clock.start < math.inf and self._folder[0] < self._clock.t:
+            self.snapshot()
+        self._busy = "closed"
 
     def __enter__(self) -> PostHocEMA:
         return self
@@ -198,16 +205,20 @@ class PostHocEMA:
         if kind is None:
             self.close()
 
-    def _open_run(self, unit: str) -> tuple[RunRecord, str, tuple[float, ...]]:
-        """The run's record, the session to continue and its snapshot times; rank 0 makes the folder if need be."""
-        labels = tuple(_label(target) for target in self._targets)
-        expected = run_record(uuid.uuid4().hex, unit, labels, self._layout)
+    def _open_run(self, unit: str) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...]]:
+        """The run's record, the session to continue and its snapshots; rank 0 makes the folder if need be."""
+        expected = run_record(uuid.uuid4().hex, unit, self._labels, self._layout)
         if not run_exists(self.root):
             create_run(self.root, expected)
             return expected, "", ()
         run = open_run(self.root)
         check_same_model(self.root, run.record, expected)
-        return run.record, run.head, tuple(snapshot.t for snapshot in run.snapshots)
+        return run.record, run.head, tuple((snapshot.t, snapshot.folder) for snapshot in run.snapshots)
+
+    def _take_pending(self) -> None:
+        """Bring the averages up to now, where the rhythm of updates left weights out."""
+        if self._clock.updated < self._clock.t and self._clock.t >= self._schedule.start:
+            self._move_averages()
 
     def _move_averages(self) -> None:
         self._averages.update_([self._weight(target) for target in self._targets])
@@ -222,27 +233,31 @@ class PostHocEMA:
 
     def _write(self) -> Path:
         rank, size = rank_and_size()
-        if self._snapshots == 0:
-            session = SessionRecord(self._record.run, self._session, self._parent, self._resumed_at, size)
-            start_session(self.root, session, rank, self._layout)
-        clock = self._clock
-        part = PartRecord(self._record.run, self._session, self._snapshots, rank, clock.t, clock.start, size=0)
-        folder = write_snapshot(self.root, part, self._averages_by_label())
+        clock, run = self._clock, self._record.run
+        part = PartRecord(run, self._session, self._snapshots, rank, clock.t, clock.start, size=0)
+        # Counted before it is written: after a failure on one rank, all ranks still agree on the next one's number.
         self._snapshots += 1
-        return folder
+        if not self._started:
+            session = SessionRecord(run, self._session, self._parent, self._resumed_at, size)
+            start_session(self.root, session, rank, self._layout)
+            self._started = True
+        return write_snapshot(self.root, part, self._averages_by_label())
 
     def _averages_by_label(self) -> dict[str, Any]:
         return {label: self._averages.layout(index) for index, label in enumerate(self._record.averages)}
 
-    def _continue_at(self, clock: Clock) -> None:
+    def _check_fresh(self) -> None:
         if self._busy or self._snapshots:
             raise OrderError(
                 "restoring: this object has stored snapshots or is in use",
                 hint="restore right after making PostHocEMA, before the first update",
             )
-        self._clock, self._resumed_at = clock, clock.t
-        if clock.t in self._unrestored:
-            self._folder = (clock.t, self.root)
+
+    def _continue_at(self, restored: Clock) -> None:
+        self._clock, self._resumed_at = restored, restored.t
+        for t, folder in self._unrestored:
+            if t == restored.t:
+                self._folder = (t, folder)
         self._unrestored = ()
 
     def _tracked(self, wanted: Target) -> int:
@@ -266,8 +281,9 @@ class PostHocEMA:
         if self._busy:
             raise OrderError(f"{act}: {self._busy}", hint="leave the swapped block first, or make a new PostHocEMA")
         if self._unrestored:
+            last = self._unrestored[-1][0]
             raise OrderError(
-                f"{act}: {self.root} holds this run's snapshots up to {self._record.unit} {self._unrestored[-1]:.17g}, "
+                f"{act}: {self.root} holds this run's snapshots up to {self._record.unit} {last:.17g}, "
                 "and their averages were not restored",
                 hint="load the state with dcp.load({'ema': ema}, ...) or ema.resume(); a new run needs its own folder",
             )
@@ -286,6 +302,15 @@ def _label(target: Target) -> str:
             f"{target.text} is not a power average that can be tracked", hint="track widths such as 0.05 and 0.10"
         )
     return parse_target(f"power:gamma={profile.gamma!r}").text
+
+
+def _labels(targets: Sequence[Target]) -> tuple[str, ...]:
+    labels = tuple(map(_label, targets))
+    if len(set(labels)) < len(labels):
+        raise TargetError(
+            f"sigma_rels: two of {[target.text for target in targets]} are the same average", hint="name each once"
+        )
+    return labels
 
 
 def _one_of(target: str | float | None, sigma_rel: float | None) -> str | float:

@@ -87,7 +87,7 @@ def reconstruct(
         targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``.
         out: Folder to make; a subfolder per target holds ``model.safetensors`` and ``phema.json``.
         format: Only "safetensors": files, and an index where there are several, as Hugging Face reads them.
-        dtype: "float32", "bfloat16" or "float16"; rounding happens once, at the end.
+        dtype: "float32", "bfloat16" or "float16"; sums are rounded to it at the very end.
         max_shard_size: Limit of one file, such as "5GB".
         tolerance: Largest forecast error, relative to |raw weights - target|, that is accepted.
         metric: "trajectory", or "density" for the paper's own procedure.

@@ -126,7 +126,7 @@ def _time(run: Run, target: Target) -> float:
 
 
 def _check_tolerance(run: Run, planned: Sequence[PlannedTarget], tolerance: float) -> None:
-    bad = [p for p in planned if p.fit.forecast > tolerance]
+    bad = [p for p in planned if not p.fit.forecast <= tolerance]
     if bad:
         worst = max(bad, key=lambda p: p.fit.forecast)
         raise ForecastError(

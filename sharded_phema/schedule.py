@@ -53,9 +53,11 @@ class Schedule:
 
 def crosses(last: float, t: float, every: float) -> bool:
     """Whether a multiple of ``every`` lies in ``(last, t]``."""
+    if not math.isfinite(t / every):
+        return t > last  # multiples lie closer together than any two times
     return math.floor(t / every + _SLACK) > math.floor(last / every + _SLACK)
 
 
 def snapshot_times(length: float, count: int) -> tuple[float, ...]:
     """``count`` evenly spaced snapshot times, the last at the end of a run of ``length``."""
-    return tuple(length * i / count for i in range(1, count + 1))
+    return tuple(length * (i / count) for i in range(1, count + 1))

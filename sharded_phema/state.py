@@ -82,7 +82,12 @@ def _check_keys(where: str, expected: set[str], found: set[str]) -> None:
         )
 
 
-def _check_piece(label: str, shard: ParamShard, value: Tensor) -> None:
+def _check_piece(label: str, shard: ParamShard, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ModelMismatch(
+            f"{label}: {shard.name} is a {type(value).__name__} in the state, expected a tensor",
+            hint="load a state that PostHocEMA.state_dict gave",
+        )
     missing = isinstance(value, BoxTensor) and set(BoxTensor.of(shard).pieces) - set(value.pieces)
     if tuple(value.shape) != shard.global_shape or missing:
         raise ModelMismatch(

@@ -106,7 +106,7 @@ def parse_targets(texts: Iterable[str | float]) -> tuple[Target, ...]:
     Raises:
         TargetError: A bad text, no text at all, or two texts that ask for the same.
     """
-    if isinstance(texts, str):
+    if not isinstance(texts, Iterable) or isinstance(texts, str):
         raise _bad(texts, "one text where a list is expected", "wrap it in a list, or call parse_target")
     targets = tuple(parse_target(text) for text in texts)
     if not targets:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 class Awkward(nn.Module):
@@ -20,7 +20,7 @@ class Awkward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.first(x)) + torch.tanh(self.again(x))
-        return self.conv(self.last(torch.tanh(self.middle(hidden))).unsqueeze(1)).flatten(1)
+        return torch.tanh(self.conv(self.last(torch.tanh(self.middle(hidden))).unsqueeze(1)).flatten(1))
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> Awkward:
@@ -62,3 +62,11 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters of a sharded model, from its shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without backward leaves the root gathered
+    return {name: param.full_tensor().detach().clone() for name, param in model.named_parameters()}

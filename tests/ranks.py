@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks, and report the first rank that fails."""
 
+import pickle
 import tempfile
 import time
 import traceback
@@ -53,7 +54,7 @@ def _collect(ends: list[connection.Connection], deadline: float) -> list[Any]:
         for end in ready:
             rank = next(i for i, other in enumerate(ends) if other is end)
             try:
-                failed, value = end.recv()
+                failed, value = pickle.loads(end.recv_bytes())
             except EOFError:
                 failed, value = True, "died without a traceback"
             assert not failed, f"rank {rank} of {len(ends)}: {value}"
@@ -65,8 +66,13 @@ def _rank_main(end: Any, folder: str, rank: int, world_size: int, body: Callable
     torch.set_num_threads(1)  # several ranks share the machine's cores
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-        end.send((False, body(*args)))
+        _send(end, False, body(*args))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        end.send((True, traceback.format_exc()))
+        _send(end, True, traceback.format_exc())
+
+
+def _send(end: Any, failed: bool, value: Any) -> None:
+    # By value: multiprocessing's own pickler shares the memory of tensors, which is gone with the rank.
+    end.send_bytes(pickle.dumps((failed, value)))

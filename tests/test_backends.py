@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
+from contract import check_contract, check_live
 from hypothesis import given
 from hypothesis import strategies as st
+from models import inputs, make_model, shard
+from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,9 +17,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from sharded_phema.backends import backend_of
 from sharded_phema.backends.fsdp2 import box_on_mesh
 from sharded_phema.errors import UnsupportedModel
-from contract import check_contract, check_live
-from models import inputs, make_model, shard
-from ranks import run_ranks
 
 
 def whole_parameters() -> dict[str, torch.Tensor]:

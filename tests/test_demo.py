@@ -108,7 +108,7 @@ def test_demo_runs_from_training_to_figures_on_two_ranks(tmp_path):
     run = tmp_path / "demo"
     torchrun(DIGITS / "train.py", "--out", run, "--tiny")
     torchrun("-m", "sharded_phema", "reconstruct", run / "ema", *TARGETS, "--out", run / "rebuilt")
-    printed = torchrun(DIGITS / "report.py", "--run", run, "--tiny")
+    printed = torchrun(DIGITS / "report.py", run, "--tiny")
 
     report = json.loads((run / "report.json").read_text())
     assert [row["sigma_rel"] for row in report["widths"]] == [float(target) for target in TARGETS]

@@ -32,7 +32,7 @@ def elements(box):
     return set(itertools.product(*(range(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))))
 
 
-@examples(400)
+@examples(200)
 @given(flat_ranges())
 def test_boxes_laid_end_to_end_are_the_flat_range(case):
     # Oracle: numpy's own row-major order.
@@ -42,7 +42,7 @@ def test_boxes_laid_end_to_end_are_the_flat_range(case):
     assert np.concatenate([np.empty(0), *pieces]).tolist() == list(range(start, stop))
 
 
-@examples(200)
+@examples(100)
 @given(flat_ranges())
 def test_boxes_of_a_flat_range_are_few_full_and_disjoint(case):
     shape, start, stop = case
@@ -63,7 +63,7 @@ def test_the_worst_flat_range_needs_every_box_that_is_allowed():
     assert len(boxes_of_flat_range((3, 3, 3), 1, 26)) == 5
 
 
-@examples(300)
+@examples(150)
 @given(pairs_of_boxes())
 def test_the_intersection_holds_the_shared_elements(case):
     # Oracle: sets of indices.

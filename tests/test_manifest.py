@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import fields, is_dataclass
 
@@ -76,7 +77,7 @@ def refuse(kind, data):
     return caught.value.message
 
 
-@examples(200)
+@examples(120)
 @given(records)
 def test_a_record_comes_back_to_the_last_bit(record):
     text = encode(record)
@@ -127,7 +128,8 @@ def test_a_missing_key_is_refused(record, data):
 def test_an_extra_key_is_refused(record, key, value):
     plain = data_of(record)
     if key not in plain:
-        assert "needs exactly" in refuse(type(record), plain | {key: value if value == value else 0})
+        # Infinities and NaN are refused for themselves before keys are looked at.
+        assert re.search("needs exactly|is not a number", refuse(type(record), plain | {key: value}))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_what_is_no_json_object_of_ours_is_refused(text):
         refuse(kind, text)
 
 
-@examples(200)
+@examples(120)
 @given(records, st.data())
 def test_a_record_with_any_value_replaced_is_read_or_refused(record, data):
     # Oracle: decode gives a record of the kind or a StoreError; any other exception fails the test.
@@ -201,7 +203,7 @@ def test_a_record_with_any_value_replaced_is_read_or_refused(record, data):
     read_or_refused(type(record), json.dumps(plain))
 
 
-@examples(200)
+@examples(120)
 @given(records, st.integers(0, 10**6), st.integers(0, 3), st.text('{}[]",:0129.eE-\\ trueN\u0660\x00', max_size=3))
 def test_a_mutated_text_is_read_or_refused(record, place, removed, inserted):
     text = encode(record)
@@ -209,7 +211,7 @@ def test_a_mutated_text_is_read_or_refused(record, place, removed, inserted):
     read_or_refused(type(record), text[:place] + inserted + text[place + removed :])
 
 
-@examples(100)
+@examples(80)
 @given(st.sampled_from(KINDS), st.one_of(anything.map(json.dumps), st.text(), st.binary(max_size=60)))
 def test_random_json_text_and_bytes_are_refused(kind, text):
     refuse(kind, text)

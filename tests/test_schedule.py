@@ -17,13 +17,13 @@ def multiple_within(last: int, t: int, every: int) -> bool:
     return any(last < k * every <= t for k in range(t // every + 2))
 
 
-@examples(300)
+@examples(150)
 @given(st.integers(0, 3000), st.integers(0, 400), st.integers(1, 500))
 def test_crosses_finds_the_multiples_of_whole_numbers(last, advance, every):
     assert crosses(last, last + advance, every) == multiple_within(last, last + advance, every)
 
 
-@examples(300)
+@examples(150)
 @given(st.integers(0, 3000), st.integers(0, 400), st.integers(1, 500), st.sampled_from([10, 100, 1000, 8]))
 def test_crosses_finds_the_multiples_of_decimal_fractions(last, advance, every, parts):
     # Oracle: the same in whole tenths, hundredths ...; the floats are those that a user types or a division gives.
@@ -51,7 +51,7 @@ def test_standing_still_crosses_nothing(t, every):
     assert not crosses(t, t, every)
 
 
-@examples(200)
+@examples(100)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 50))
 def test_every_period_that_holds_a_call_is_seen_once(advances, every):
     # Oracle: the periods (k * every) that the times fall into, counted as a set.
@@ -101,7 +101,7 @@ def test_an_impossible_rhythm_is_named_with_what_was_found(numbers, text):
     assert "snapshot_every=1000" in caught.value.hint
 
 
-@examples(200)
+@examples(100)
 @given(st.floats(1e-3, 1e12), st.integers(1, 64))
 def test_snapshot_times_are_even_and_end_at_the_end(length, count):
     times = snapshot_times(length, count)

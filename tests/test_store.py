@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import tempfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +33,16 @@ from builders import (
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_phema.errors import StoreError
 from sharded_phema.layout import Box, boxes_of_flat_range, whole
 from sharded_phema.manifest import LayoutRecord, PartRecord, SessionRecord, encode
 from sharded_phema.store import BoxTensor, names, open_run, run_exists
 from sharded_phema.store.dcp_reader import SnapshotReader
+
+# Torch says so of every save and load outside a process group.
+pytestmark = pytest.mark.filterwarnings("ignore:.*single process")
 
 TWO_RANKS = rows_of((4, 3), 1, 3)
 EVEN_RANKS = rows_of((4, 3), 2, 2)
@@ -78,7 +84,7 @@ def assert_same_values(found, expected):
             np.testing.assert_array_equal(a, b, strict=True)
 
 
-@examples(30)
+@examples(25)
 @given(divided_models(), st.data())
 def test_any_range_read_back_is_what_numpy_cuts_from_the_whole(division, data):
     # Oracle: numpy on the arrays that were cut up; nothing is computed, so that bits are equal.
@@ -169,6 +175,22 @@ def test_a_folder_that_cannot_be_made_raises_and_leaves_no_temporary_file(root):
     assert listing(root) == before
 
 
+def test_a_full_disk_raises_and_leaves_earlier_snapshots_and_no_temporary_file(root):
+    # The limit of a file's length stands in for the full disk: the write itself fails.
+    stored_run(root, TWO_RANKS)
+    before = listing(root)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(StoreError, match="cannot be written") as caught:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+            store(root, TWO_RANKS, averages_of(TWO_RANKS, 1), t=20.0, number=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "free space" in caught.value.hint
+    files = {name: data for name, data in listing(root).items() if data is not None}
+    assert files == {name: data for name, data in before.items() if data is not None}
+
+
 def damaged(root, victim):
     """The message with which reading everything of the first snapshot fails, which must name the victim."""
     with pytest.raises(StoreError) as caught:
@@ -240,7 +262,7 @@ def test_a_tensor_file_harmed_between_two_reads_is_named(root, harm):
         read_whole(snapshot)
 
 
-@examples(150)
+@examples(80)
 @given(st.integers(0, 10**6), st.integers(0, 255))
 def test_a_damaged_header_is_read_or_named(place, byte):
     # Oracle: reading gives arrays, or a StoreError; any other exception fails the test.
@@ -356,7 +378,7 @@ def three_sessions(draw):
     return sessions
 
 
-@examples(40)
+@examples(20)
 @given(three_sessions(), st.integers(1, 3))
 def test_the_living_timeline_of_three_sessions_is_what_replaying_them_gives(sessions, ranks):
     # Oracle: replay; each session forgets what lies after its resume and appends what it stored.
@@ -398,11 +420,11 @@ def test_two_newest_sessions_are_refused(root, parents):
     stored_run(root, TWO_RANKS)
     for name, parent in zip(("s1", "s2"), parents, strict=True):
         new_session(root, TWO_RANKS, name, parent, 10.0)
-    with pytest.raises(StoreError, match="one newest session, found [23]"):
+    with pytest.raises(StoreError, match=r"one newest session, found [23]"):
         open_run(root)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(3)  # one of them never ended
 @pytest.mark.parametrize("parents", [{"s0": "s0"}, {"s0": "s1", "s1": "s0", "s2": "s1"}, {"s0": "s0", "s1": ""}])
 def test_sessions_that_continue_each_other_in_a_circle_are_refused(root, parents):
     stored_run(root, TWO_RANKS)
@@ -451,7 +473,7 @@ def test_a_snapshot_reader_reads_one_snapshot_and_only_tensors_that_it_holds(roo
     reader = SnapshotReader(open_run(root).snapshots[0])
     with pytest.raises(StoreError, match="cannot read elsewhere"):
         dcp.load({}, checkpoint_id="elsewhere", storage_reader=reader, no_dist=True)
-    with pytest.raises(Exception, match="other"):
+    with pytest.raises(CheckpointException, match=r"Missing key .* other"):
         dcp.load({"other": torch.zeros(2)}, storage_reader=reader, no_dist=True)
 
 
@@ -460,7 +482,7 @@ def tilings(draw, shape):
     """A whole tensor as boxes: its flat range cut at random places, in any order."""
     size = math.prod(shape)
     edges = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
-    boxes = [box for a, b in zip(edges[:-1], edges[1:], strict=True) for box in boxes_of_flat_range(shape, a, b)]
+    boxes = [box for a, b in pairwise(edges) for box in boxes_of_flat_range(shape, a, b)]
     return draw(st.permutations(boxes))
 
 
@@ -489,7 +511,7 @@ def test_a_box_tensor_has_a_shape_and_no_arithmetic():
     assert "boxes at [(1, 0)]" in repr(tensor)
     assert tensor.detach().pieces[torch.Size((1, 0))].data_ptr() == piece.local.data_ptr()
     with pytest.raises(TypeError, match="needs the whole tensor"):
-        tensor + 1
+        tensor.sum()
 
 
 def test_a_snapshot_counts_the_bytes_of_its_tensor_files(root):

@@ -24,7 +24,7 @@ class ModelConfig:
     """
 
     width: int = 128
-    depth: int = 4
+    depth: int = 3
     heads: int = 4
 
 

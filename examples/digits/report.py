@@ -1,6 +1,6 @@
 """Scores the raw and the rebuilt weights of a run; writes a table, report.json and three figures.
 
-torchrun --standalone --nproc-per-node 2 examples/digits/report.py --run runs/demo
+torchrun --standalone --nproc-per-node 2 examples/digits/report.py runs/demo
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from sharded_phema import reconstruct
 
 from data import CLASSES, load_split
 from figures import draw_error, draw_quality, draw_samples
@@ -28,7 +29,8 @@ SHOWN_ROWS = 6
 def parse_options() -> tuple[Path, Effort]:
     """Folder of the run and the effort to spend, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
+    # Not an option --run: torchrun takes it for an abbreviation of its own --run-path, even after the script's name.
+    parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--samples", type=int, help="digits to generate for each width (default: 500, tiny: 60)")
     parser.add_argument("--tiny", action="store_true", help="rough scores in a few seconds: a test")
     given = parser.parse_args()
@@ -40,8 +42,6 @@ def parse_options() -> tuple[Path, Effort]:
 
 def rebuild_tracked(run: Path) -> None:
     """Writes the averages that training followed directly in the form of rebuilt ones; every rank takes part."""
-    from sharded_phema import reconstruct
-
     if agreed(not (run / "truth-rebuilt").exists()):
         reconstruct(run / "truth", ["0.15", "0.20"], out=run / "truth-rebuilt")
 
@@ -103,15 +103,18 @@ def print_tables(report: dict[str, Any]) -> None:
     for row in [report["raw"], *report["widths"]]:
         loss, frechet = ("*" if row is best(report, key) else " " for key in ("loss", "frechet"))
         name = f"{row['sigma_rel']:.2f}" if "sigma_rel" in row else "raw"
-        quality.add_row(name, f"{row['loss']:.4f} {loss}", f"{row['frechet']:.2f} {frechet}")
-    accuracy, floor = report["classifier_accuracy"], report["frechet_of_held_out_digits"]
-    quality.caption = f"features: a classifier with {accuracy:.1%} held-out accuracy; real held-out digits: {floor:.2f}"
-    error = Table("σ_rel", "measured", "forecast", title="|rebuilt - tracked| / |raw - tracked|")
+        quality.add_row(name, f"{row['loss']:.4f} {loss}", f"{row['frechet']:.3f} {frechet}")
+    error = Table("σ_rel", "measured", "forecast", title="Error of rebuilt averages")
     for row in report["errors"]:
         error.add_row(f"{row['sigma_rel']:.2f}", f"{row['measured']:.2e}", f"{row['forecast']:.2e}")
     console = Console()
     console.print(quality)
+    console.print(
+        f"Features: a classifier that names {report['classifier_accuracy']:.1%} of the held-out digits rightly."
+    )
+    console.print(f"Held-out real digits, for scale: Fréchet distance {report['frechet_of_held_out_digits']:.3f}.\n")
     console.print(error)
+    console.print("Error: |rebuilt - tracked| / |raw - tracked|, over all weights.")
 
 
 def draw_figures(run: Path, report: dict[str, Any], effort: Effort, device: torch.device) -> None:
@@ -120,7 +123,7 @@ def draw_figures(run: Path, report: dict[str, Any], effort: Effort, device: torc
     draw_error(run / "error.png", report["errors"])
     width, split = best(report, "frechet")["sigma_rel"], load_split()
     few = replace(effort, samples=SHOWN_ROWS * CLASSES)
-    sources = {"raw weights": run / "raw", f"average, σ_rel = {width:.0%}": rebuilt(run / "rebuilt")[width]}
+    sources = {"raw weights": run / "raw", f"same noise, averaged at {width:.0%}": rebuilt(run / "rebuilt")[width]}
     blocks = {name: generate(load_model(run, folder, device), few, device) for name, folder in sources.items()}
     blocks["real digits, held out"] = split.held_out.rows(SHOWN_ROWS)
     draw_samples(run / "samples.png", {name: split.pixels(images.cpu()) for name, images in blocks.items()}, CLASSES)
@@ -136,7 +139,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             report = {
                 "classifier_accuracy": judge.accuracy(),
-                "frechet_of_held_out_digits": judge.floor(),
+                "frechet_of_held_out_digits": judge.frechet_of_held_out(),
                 "raw": raw,
                 "widths": [{"sigma_rel": width, **score} for width, score in zip(widths, scores, strict=True)],
                 "errors": errors(run),

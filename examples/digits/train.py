@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from sharded_phema import PostHocEMA
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -49,13 +50,13 @@ def parse_options() -> Options:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1600, tiny: 40)")
-    parser.add_argument("--batch", type=int, default=16, help="digits a step on each rank (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1000, tiny: 40)")
+    parser.add_argument("--batch", type=int, default=32, help="digits a step on each rank (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="constant rate (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a much smaller network for a few seconds: a test")
     given = parser.parse_args()
-    model = ModelConfig(width=32, depth=1) if given.tiny else ModelConfig()
-    steps = given.steps or (40 if given.tiny else 1600)
+    model = ModelConfig(width=32, depth=1, heads=2) if given.tiny else ModelConfig()
+    steps = given.steps or (40 if given.tiny else 1000)
     if (given.out / "ema").exists():
         parser.error(f"{given.out} holds an earlier run: remove it or name another folder with --out")
     return Options(given.out, steps, given.batch, given.learning_rate, model)
@@ -84,8 +85,6 @@ def batch_loss(model: nn.Module, digits: Digits, batch: int, generator: torch.Ge
 
 def train(options: Options, model: nn.Module, digits: Digits, seed: int) -> list[tuple[int, float]]:
     """Runs every step; returns the mean loss over all ranks of each 1 % of the run."""
-    from sharded_phema import PostHocEMA
-
     generator = torch.Generator(digits.images.device).manual_seed(seed)
     # Unfused, Adam spends more time handling its many small DTensors than computing.
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), fused=True)

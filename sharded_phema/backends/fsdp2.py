@@ -30,7 +30,7 @@ def shard_layout(model: nn.Module) -> ShardLayout:
     # After a forward without backward, FSDP leaves the root's parameters unsharded, and
     # named_parameters() then shows the temporary full weights instead of the shards.
     publish(model)
-    return tuple(_piece(canonical_name(name), param) for name, param in model.named_parameters())
+    return tuple(_piece(model, name, param) for name, param in model.named_parameters())
 
 
 def publish(model: nn.Module) -> None:
@@ -40,11 +40,14 @@ def publish(model: nn.Module) -> None:
             module.reshard()
 
 
-def _piece(name: str, param: nn.Parameter) -> ParamShard:
+def _piece(model: nn.Module, path: str, param: nn.Parameter) -> ParamShard:
     def current() -> Tensor:
-        return param.to_local().detach() if isinstance(param, DTensor) else param.detach()
+        found = model.get_parameter(path)
+        # While FSDP has a unit gathered, the module shows a temporary; the shard is the parameter seen first.
+        shard = param if isinstance(param, DTensor) and not isinstance(found, DTensor) else found
+        return shard.to_local().detach() if isinstance(shard, DTensor) else shard.detach()
 
-    shape, local, rank = tuple(param.shape), current(), rank_and_size()[0]
+    name, shape, local, rank = canonical_name(path), tuple(param.shape), current(), rank_and_size()[0]
     if not isinstance(param, DTensor):
         return ParamShard(name, shape, (whole(shape),), local, rank, current)
     box, replica = _place(name, param)

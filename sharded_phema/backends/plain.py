@@ -33,15 +33,17 @@ def shard_layout(model: nn.Module) -> ShardLayout:
         model: A module, or one inside DistributedDataParallel.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return tuple(_piece(canonical_name(name), param) for name, param in inner.named_parameters())
+    return tuple(_piece(inner, name) for name, _ in inner.named_parameters())
 
 
-def _piece(name: str, param: nn.Parameter) -> ParamShard:
+def _piece(model: nn.Module, name: str) -> ParamShard:
     def current() -> Tensor:
-        return param.detach()
+        # Asked of the module each time, so that a parameter put in the place of another is noticed.
+        return model.get_parameter(name).detach()
 
-    shape = tuple(param.shape)
-    return ParamShard(name, shape, (whole(shape),), current(), rank_and_size()[0], current)
+    local = current()
+    shape = tuple(local.shape)
+    return ParamShard(canonical_name(name), shape, (whole(shape),), local, rank_and_size()[0], current)
 
 
 def _nothing_to_publish(model: nn.Module) -> None:

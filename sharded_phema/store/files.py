@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from sharded_phema.errors import StoreError
 
@@ -33,8 +35,9 @@ def place(path: Path, write: Callable[[Path], object]) -> None:
         _flush(temporary)
         temporary.rename(path)
         _flush(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise StoreError(
             f"{path}: cannot be written: {error}", hint="check free space and permissions; earlier snapshots are intact"
         ) from error
@@ -84,10 +87,13 @@ def _ranges(header: dict[str, dict[str, list[int]]], base: int, size: int) -> tu
 
 def read_floats(path: Path, begin: int, end: int) -> NDArray[np.float32]:
     """The little-endian float32 numbers in bytes ``[begin, end)`` of a file."""
-    count = (end - begin) // 4
-    values = np.fromfile(path, dtype="<f4", count=count, offset=begin)
+    count, hint = (end - begin) // 4, "restore the file from a backup, or use other snapshots"
+    try:
+        values = np.fromfile(path, dtype="<f4", count=count, offset=begin)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}", hint=hint) from error
     if values.size != count:
-        raise StoreError(f"{path}: ends {4 * (count - values.size)} bytes early", hint="restore it from a backup")
+        raise StoreError(f"{path}: ends {4 * (count - values.size)} bytes early", hint=hint)
     return values
 
 

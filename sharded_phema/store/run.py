@@ -92,10 +92,15 @@ def _cutoffs(root: Path, sessions: Mapping[str, SessionRecord]) -> dict[str, flo
             hint="keep one run's sessions and snapshots in this folder and move the other's away",
         )
     cutoffs, name, cutoff = {}, heads[0] if heads else "", math.inf
-    while name in sessions:
+    while name in sessions and name not in cutoffs:
         cutoffs[name] = cutoff
         cutoff = min(cutoff, sessions[name].resumed_at)
         name = sessions[name].parent
+    if name in cutoffs or len(cutoffs) != len(sessions):
+        raise StoreError(
+            f"{root}: its sessions continue each other in a circle, expected one line from the first to the newest",
+            hint="session records were edited or mixed; restore the run folder",
+        )
     return cutoffs
 
 

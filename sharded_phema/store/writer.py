@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -34,12 +35,18 @@ def create_run(root: Path, record: RunRecord) -> None:
 
 
 def start_session(root: Path, record: SessionRecord, rank: int, layout: ShardLayout) -> None:
-    """Record which boxes this rank will store; rank 0 records the session too. Called by every rank, no collective."""
+    """Record which boxes this rank will store; rank 0 records the session too. Called by every rank, no collective.
+
+    What an earlier attempt of this session left, equal to the last byte, is kept.
+    """
     boxes = tuple(shard.boxes if shard.replica == 0 else () for shard in layout)
-    path = names.layout_path(root, record.session, rank)
-    write_text(path, encode(LayoutRecord(record.run, record.session, rank, boxes)))
+    layout_record = LayoutRecord(record.run, record.session, rank, boxes)
+    texts = {names.layout_path(root, record.session, rank): encode(layout_record)}
     if rank == 0:
-        write_text(names.session_path(root, record.session), encode(record))
+        texts[names.session_path(root, record.session)] = encode(record)
+    for path, text in texts.items():
+        if not (path.is_file() and path.read_text() == text):
+            write_text(path, text)
 
 
 def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLayout]) -> Path:
@@ -69,7 +76,11 @@ def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLay
         # Each rank saves for itself on purpose: what the ranks hold was agreed when the averages were made.
         warnings.filterwarnings("ignore", message=".*single process.*")
         planner = DefaultSavePlanner(flatten_state_dict=False)
-        save(state, storage_writer=_PartWriter(folder, part), planner=planner, no_dist=True)
+        try:
+            save(state, storage_writer=_PartWriter(folder, part), planner=planner, no_dist=True)
+        except CheckpointException as wrapped:
+            # It derives from BaseException, which no caller would catch.
+            raise next(iter(wrapped.failures.values()))[0] from None
     return folder
 
 

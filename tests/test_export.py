@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import examples, listing, no_flush, same_bits, shapes, tensors_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharded_phema.errors import OutputError
+from sharded_phema.export import DTYPES, byte_count, staged, tensor_files
+from sharded_phema.manifest import Parameter
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_disk():
+    with no_flush():
+        yield
+
+
+@st.composite
+def models(draw):
+    found = draw(st.lists(st.tuples(st.text(min_size=1, max_size=6), shapes), max_size=6, unique_by=lambda x: x[0]))
+    return tuple(Parameter(name, shape) for name, shape in found if name != "__metadata__")
+
+
+def values_of(parameters, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(math.prod(parameter.shape)) for parameter in parameters]
+
+
+def write_all(folder, parameters, files, values, block=7):
+    """Fill every file block by block, last block first: the order must not matter."""
+    files.create(folder)
+    jobs = [(p, i) for p, flat in enumerate(values) for i in range(0, flat.size, block)]
+    for p, i in reversed(jobs):
+        files.write(folder, parameters[p], files.places[p], i, values[p][i : i + block])
+
+
+@examples(40)
+@given(models(), st.sampled_from(sorted(DTYPES)), st.integers(1, 400))
+def test_files_parse_with_the_library_and_hold_torchs_rounding(parameters, dtype, limit):
+    # Oracle: the safetensors library reads what torch's own conversion gives.
+    values = values_of(parameters)
+    files = tensor_files(parameters, dtype, limit)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "out"
+        write_all(folder, parameters, files, values)
+        found = tensors_of(folder)
+        assert sorted(path.name for path in folder.glob("*.safetensors")) == sorted(files.sizes)
+        assert all((folder / name).stat().st_size == size for name, size in files.sizes.items())
+    assert found.keys() == {parameter.name for parameter in parameters}
+    for parameter, flat in zip(parameters, values, strict=True):
+        expected = torch.from_numpy(flat).reshape(parameter.shape).to(getattr(torch, dtype))
+        assert same_bits(found[parameter.name], expected)
+
+
+@examples(40)
+@given(models(), st.sampled_from(sorted(DTYPES)), st.integers(1, 400))
+def test_the_index_covers_each_parameter_once_and_no_file_exceeds_the_limit(parameters, dtype, limit):
+    files = tensor_files(parameters, dtype, limit)
+    bytes_of = {p.name: math.prod(p.shape) * DTYPES[dtype][1].itemsize for p in parameters}
+    place_of = {p.name: file for p, (file, _) in zip(parameters, files.places, strict=True)}
+    held = {file: [name for name in place_of if place_of[name] == file] for file in files.sizes}
+    for file, names in held.items():
+        assert sum(map(bytes_of.get, names)) <= limit or len([name for name in names if bytes_of[name]]) == 1
+        assert files.sizes[file] == len(files.headers[file]) + sum(map(bytes_of.get, names))
+    if len(files.sizes) == 1:
+        assert (list(files.sizes), files.index) == (["model.safetensors"], "")
+        return
+    index = json.loads(files.index)
+    assert index["weight_map"] == place_of
+    assert index["metadata"]["total_size"] == sum(bytes_of.values())
+    count = len(files.sizes)
+    assert list(files.sizes) == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+@examples(40)
+@given(models(), st.integers(1, 400))
+def test_numbers_begin_at_a_multiple_of_8_bytes_and_lie_end_to_end(parameters, limit):
+    files = tensor_files(parameters, "float32", limit)
+    for header in files.headers.values():
+        assert len(header) % 8 == 0
+        assert int.from_bytes(header[:8], "little") == len(header) - 8
+        assert json.loads(header[8:])["__metadata__"] == {"format": "pt"}
+    ends = {file: len(header) for file, header in files.headers.items()}
+    for parameter, (file, begin) in zip(parameters, files.places, strict=True):
+        assert begin == ends[file]
+        ends[file] += 4 * math.prod(parameter.shape)
+    assert ends == files.sizes
+
+
+def test_an_index_is_written_where_there_are_several_files(tmp_path):
+    parameters = (Parameter("a", (3,)), Parameter("b", (2, 2)))
+    one, several = tensor_files(parameters, "float32", 100), tensor_files(parameters, "float32", 20)
+    one.create(tmp_path / "one")
+    several.create(tmp_path / "several")
+    assert not (tmp_path / "one" / INDEX).exists()
+    assert json.loads((tmp_path / "several" / INDEX).read_text())["metadata"]["total_size"] == 28
+
+
+def test_a_parameter_larger_than_the_limit_has_a_file_of_its_own():
+    parameters = tuple(Parameter(name, (size,)) for name, size in (("a", 2), ("big", 50), ("c", 2), ("d", 2)))
+    files = tensor_files(parameters, "float32", 16)
+    numbers = [int(file.split("-")[1]) for file, _ in files.places]
+    assert numbers == [1, 2, 3, 3]
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(OutputError, match="found 'float64'") as caught:
+        tensor_files((), "float64", 1)
+    assert "float32" in caught.value.hint
+
+
+@pytest.mark.parametrize("bad", [65520.0, -1e5, math.inf, math.nan])
+def test_a_number_that_float16_cannot_hold_is_refused_with_the_parameters_name(tmp_path, bad):
+    # 65519.99 still rounds to the largest float16, 65504; 65520 is the first that does not.
+    parameter = Parameter("layer.weight", (3,))
+    files = tensor_files([parameter], "float16", 100)
+    files.create(tmp_path / "out")
+    files.write(tmp_path / "out", parameter, files.places[0], 0, np.array([0.0, 65519.99, 1.0]))
+    with pytest.raises(OutputError, match=r"layer\.weight: .* does not fit float16") as caught:
+        files.write(tmp_path / "out", parameter, files.places[0], 0, np.array([0.0, bad, 1.0]))
+    assert "bfloat16" in caught.value.hint
+    assert tensors_of(tmp_path / "out")["layer.weight"].tolist() == [0.0, 65504.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9), ("512MiB", 512 * 2**20), ("1kb", 1000), ("1KiB", 1024), ("2 gib", 2 * 2**30),
+        (" 7 ", 7), ("7B", 7), (1234, 1234), ("1.5KB", 1500), (".5MB", 500_000), ("0.001KB", 1),
+    ],
+)  # fmt: skip
+def test_a_size_is_read_in_decimal_or_binary_units(text, size):
+    assert byte_count(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "0", 0, -5, "-5GB", "5XB", "5 G B", "1.2.3GB", ".", "1e9", "five", "0.0001", "nan", "inf", "9" * 400],
+)
+def test_what_is_no_positive_size_is_refused(text):
+    with pytest.raises(OutputError, match="expected a size such as 5GB") as caught:
+        byte_count(text)
+    assert caught.value.hint
+
+
+def fill(stage):
+    (stage / "made").write_text("by create")
+
+
+def test_a_folder_appears_with_everything_that_was_put_in(tmp_path):
+    out = tmp_path / "new" / "parents" / "out"
+    with staged(out, fill) as stage:
+        (stage / "sub").mkdir()
+        (stage / "sub" / "more").write_text("by the body")
+        assert not out.exists()
+        assert stage.parent == out.parent  # else the rename could not be atomic
+    assert listing(out) == {"made": b"by create", "sub": None, "sub/more": b"by the body"}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_is_accepted(tmp_path):
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out", fill):
+        pass
+    assert listing(tmp_path) == {"out": None, "out/made": b"by create"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("body"), OutputError("body", hint="mend"), KeyboardInterrupt("body")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failing_body_leaves_neither_output_nor_stage(tmp_path, error, existing):
+    if existing:
+        (tmp_path / "out").mkdir()
+    before = listing(tmp_path)
+    with pytest.raises(type(error), match="body"), staged(tmp_path / "out", fill) as stage:
+        (stage / "half").write_text("done")
+        raise error
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError("create"), RuntimeError("create"), OutputError("create", hint="mend")])
+def test_a_failing_create_leaves_neither_output_nor_stage(tmp_path, error):
+    def create(stage):
+        fill(stage)
+        raise error
+
+    expected = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match="create"), staged(tmp_path / "out", create):
+        raise AssertionError("the body must not run")
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("taken", ["a file", "a folder"])
+def test_a_taken_output_is_refused_and_untouched(tmp_path, taken):
+    out = tmp_path / "out"
+    if taken == "a folder":
+        out.mkdir()
+        (out / "precious").write_text("keep")
+    else:
+        out.write_text("keep")
+    before = listing(tmp_path)
+    with pytest.raises(OutputError, match="nothing is ever overwritten") as caught, staged(out, fill):
+        raise AssertionError("the body must not run")
+    assert "another folder" in caught.value.hint
+    assert listing(tmp_path) == before
+
+
+def test_an_output_whose_parent_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(OutputError, match="cannot be made"), staged(tmp_path / "file" / "out", fill):
+        raise AssertionError("the body must not run")
+    assert listing(tmp_path) == {"file": b"keep"}
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_an_output_that_was_taken_meanwhile_is_not_overwritten(tmp_path, error):
+    # Somebody else fills the folder while the body runs; rename onto a folder that is not empty fails.
+    out = tmp_path / "out"
+    with pytest.raises((OutputError, OSError)), staged(out, fill):
+        out.mkdir()
+        (out / "other").write_text("keep")
+        if error:
+            raise OSError("body")
+    assert listing(tmp_path) == {"out": None, "out/other": b"keep"}
