@@ -1,6 +1,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
-TORCHRUN := .venv/bin/torchrun --standalone --nproc-per-node 2
+TORCHRUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2
 TARGETS := 0.02 0.03 0.05 0.07 0.10 0.13 0.15 0.18 0.20 0.23 0.26
 
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@ demo: .venv ## train on two processes, rebuild eleven widths, report (into runs/
 	rm -rf runs/demo
 	$(TORCHRUN) examples/digits/train.py --out runs/demo
 	$(TORCHRUN) -m sharded_phema reconstruct runs/demo/ema $(TARGETS) --out runs/demo/rebuilt
-	$(TORCHRUN) examples/digits/report.py --run runs/demo
+	$(TORCHRUN) examples/digits/report.py runs/demo
 
 test: .venv ## all tests
 	$(PY) -m pytest -q

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sharded_phema.errors import OutputError
@@ -20,9 +22,12 @@ from sharded_phema.world import agree, rank_and_size
 
 __all__ = ["BLOCK", "Blocks", "reconstruct"]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Elements that are rebuilt at a time. The grid of blocks starts at each parameter and
 does not depend on the number of processes, so that the result does not either."""
+
+GROUP = 16
+"""Stored averages that are summed in one matrix product; a block of each is held at a time (16 MiB in all)."""
 
 T = TypeVar("T")
 
@@ -41,28 +46,49 @@ class Blocks(Iterable[None]):
         return len(self._mine)
 
     def __iter__(self) -> Iterator[None]:
+        rebuilt = _Sums(self._plan)
         for parameter, start, stop in self._mine:
-            values = _rebuild(self._plan, parameter, start, stop)
+            values = rebuilt(parameter, start, stop)
             record, place = self._plan.run.record.parameters[parameter], self._files.places[parameter]
             for folder, row in zip(self._folders, values, strict=True):
                 self._files.write(folder, record, place, start, row)
             yield
 
 
-def _rebuild(plan: Plan, parameter: int, start: int, stop: int) -> NDArray[np.float64]:
-    """Elements ``[start, stop)`` of one flattened parameter of every target, shape (targets, stop - start).
+class _Sums:
+    """Rebuilds blocks in buffers that are made once: fresh ones would cost more than the arithmetic.
 
-    Sums run in float64, source after source and product before sum, so that every
-    element has the same bits however the work was divided.
+    A block is a matrix product in float64 over GROUP sources at a time. Blocks, groups and their order
+    are the same however the work was divided, and so is every element, bit for bit.
     """
-    sums = np.zeros((len(plan.targets), stop - start))
-    product = np.empty(stop - start)
-    for source, weights in zip(plan.sources, plan.coefficients, strict=True):
-        values = source.snapshot.read_flat(source.average, parameter, start, stop).astype(np.float64)
-        for k in np.flatnonzero(weights):
-            np.multiply(values, weights[k], out=product)
-            sums[k] += product
-    return sums
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._weights = torch.from_numpy(plan.coefficients.T.copy())
+        self._values = torch.empty(GROUP, BLOCK, dtype=torch.float64)
+        self._sums = torch.empty(len(plan.targets), BLOCK, dtype=torch.float64)
+
+    def __call__(self, parameter: int, start: int, stop: int) -> NDArray[np.float64]:
+        """Elements ``[start, stop)`` of one flattened parameter of every target, valid until the next call."""
+        sums = self._sums[:, : stop - start].zero_()
+        for first in range(0, len(self._plan.sources), GROUP):
+            group = self._plan.sources[first : first + GROUP]
+            values = self._values[: len(group), : stop - start]
+            for row, source in zip(values, group, strict=True):
+                row.copy_(torch.from_numpy(source.snapshot.read_flat(source.average, parameter, start, stop)))
+            sums.addmm_(self._weights[:, first : first + GROUP], values)
+        return sums.numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrix products that do not depend on how many threads shared them; processes share the work instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def reconstruct(
@@ -112,7 +138,7 @@ def reconstruct(
             files.create(stage / slug)
             (stage / slug / "phema.json").write_text(recipe_text(plan, index, dtype, metric))
 
-    with staged(out, create) as stage:
+    with staged(out, create) as stage, _one_thread():
         for _ in progress(Blocks(plan, files, [stage / slug for slug in slugs])):  # type: ignore[arg-type]
             pass
     return plan
