@@ -65,14 +65,19 @@ def mass(profile: Profile) -> float:
     """Integral of the density plus the jumps, which are read off the cumulative."""
     knots = np.array(profile.knots)
     jumps = profile.cumulative(knots) - profile.cumulative(np.nextafter(knots, -np.inf))
-    smooth = _integral(lambda x: float(profile.density(np.array([x]))[0]), set(profile.knots), profile.t)
-    return float(jumps.sum()) + smooth
+    return float(jumps.sum()) + _integral(lambda x: _finite_density(profile, x), set(profile.knots), profile.t)
 
 
 def moment(profile: Profile, power: int) -> float:
     """Integral of (tau / t)**power against the density."""
     t = profile.t
-    return _integral(lambda x: float(profile.density(np.array([x]))[0]) * (x / t) ** power, set(profile.knots), t)
+    return _integral(lambda x: _finite_density(profile, x) * (x / t) ** power, set(profile.knots), t)
+
+
+def _finite_density(profile: Profile, x: float) -> float:
+    # Rounding can put a node on the pole of the sqrt decay, a point that weighs nothing.
+    density = float(profile.density(np.array([x]))[0])
+    return density if np.isfinite(density) else 0.0
 
 
 def _integral(f, knots: set[float], end: float) -> float:
