@@ -64,7 +64,7 @@ def test_coefficients_and_forecast_match_60_digits(case):
     # two snapshots are 1501 / 1500 apart (coefficients of 4e7). The residual is a minimum and hardly feels it.
     apart = min(np.diff(case["times"])) > 1
     loss, loss_of_error = (1e-12, 1e-11) if apart else (1e-3, 1e-6)
-    for metric, key in (("trajectory", "trajectory"), ("density", "density_then_divide")):
+    for metric, key in (("trajectory", "trajectory"), ("paper", "density_then_divide")):
         golden = case[key]
         (found,) = fit(sources, [target], metric=metric)
         size = np.abs(golden["coefficients"]).max()
@@ -252,7 +252,7 @@ class Broken:
         (TargetError, ([Power(1, 1)], [Exponential(1.0, 1)]), "density", "it jumps"),
         (TargetError, ([Power(1, 1, 0.5)], [Power(2, 1)]), "density", "it jumps"),
         (TargetError, ([Power(1, 1)], [Decay("sqrt", 0.5, 1)]), "density", "it has a density without a finite square"),
-        (ForecastError, ([Uniform(0, 0.5)], [Uniform(0.5, 1)]), "density", "coefficients that sum to 0"),
+        (ForecastError, ([Uniform(0, 0.5)], [Uniform(0.5, 1)]), "paper", "coefficients that sum to 0"),
         (ForecastError, ([Broken()], [Power(2, 1)]), "trajectory", "a profile is not finite"),
     ],
 )
