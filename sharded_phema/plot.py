@@ -62,7 +62,9 @@ def draw_forecast(run: Run, out: Path) -> None:
     figure, (axes,) = _figure(1)
     axes.plot(widths, [found.forecast for found in fits], lw=2)
     for label in run.record.averages:
-        axes.axvline(float(sigma_rel_of(parse_target(label).amount)), color="0.6", ls="--", lw=1)
+        stored = parse_target(label)
+        if stored.kind == "power":
+            axes.axvline(sigma_rel_of(stored.amount), color="0.6", ls="--", lw=1)
     axes.set(xscale="log", yscale="log", xlabel="sigma_rel of the rebuilt average", ylabel="error / |raw - average|")
     axes.set_title(f"forecast from {len(run.snapshots)} snapshots (stored widths dashed)")
     _save(figure, out)

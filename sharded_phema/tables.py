@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sharded_phema.forecast import Outlook
-from sharded_phema.profile import Power
 from sharded_phema.recipe import Plan
 from sharded_phema.store import Run
 from sharded_phema.target import Target, parse_target
@@ -58,9 +58,12 @@ def show_info(run: Run, *, as_json: bool) -> None:
 
 
 def _average(label: str) -> str:
-    profile = parse_target(label).profile(1.0)
-    assert isinstance(profile, Power)
-    return f"sigma_rel {float(sigma_rel_of(profile.gamma)):.4g} ({label})"
+    target = parse_target(label)
+    if target.kind == "exponential":
+        return f"half-life {target.amount * math.log(2.0):.4g} ({label})"
+    if target.kind == "power" and target.amount > 0.0:
+        return f"sigma_rel {sigma_rel_of(target.amount):.4g} ({label})"
+    return f"running mean ({label})"
 
 
 def show_outlooks(outlooks: Sequence[Outlook], targets: Sequence[Target], *, as_json: bool) -> None:

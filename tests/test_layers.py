@@ -9,10 +9,10 @@ import pytest
 
 LAYERS = [
     {"errors"},
-    {"width", "layout", "schedule", "world"},
+    {"width", "layout", "schedule", "spelling", "world"},
     {"profile"},
     {"fit", "target", "manifest", "kernels", "backends"},
-    {"averages"},
+    {"averages", "tracked"},
     {"store", "forecast"},
     {"export", "identity", "recipe", "state"},
     {"posthoc", "rebuild"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ["errors", "fit", "layout", "manifest", "profile", "schedule", "target", "width"]
+TORCH_FREE = ["errors", "fit", "layout", "manifest", "profile", "schedule", "spelling", "target", "tracked", "width"]
 PACKAGE = Path(__file__).parents[1] / "sharded_phema"
 FILES = sorted(PACKAGE.rglob("*.py"))
 BACKENDS = [file for file in FILES if file.parent.name == "backends" and file.name != "__init__.py"]
