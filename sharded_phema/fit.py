@@ -80,7 +80,7 @@ class Problem:
     stored: NDArray[np.int64]  # (targets,)
     metric: Metric
 
-    def design(self, kept: NDArray[np.int64], which: Array) -> tuple[Array, Array]:
+    def design(self, kept: NDArray[np.int64], which: NDArray[np.int64]) -> tuple[Array, Array]:
         """Columns of some sources above their noise, and those of some targets above zeros."""
         noise = np.diag(np.sqrt(self.noise[kept])) if self.metric == "trajectory" else np.empty((0, kept.size))
         goals = self.columns[:, self.noise.size + which]

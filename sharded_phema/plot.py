@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import OutputError
 from sharded_phema.fit import fit
+from sharded_phema.per_tensor import whole_model
 from sharded_phema.profile import Profile
-from sharded_phema.recipe import plan_rebuild, sources_of
+from sharded_phema.recipe import plan_rebuild
+from sharded_phema.source import sources_of
 from sharded_phema.store import Run
 from sharded_phema.target import Target, parse_target
 from sharded_phema.width import MAX_SIGMA_REL, sigma_rel_of
@@ -31,7 +33,7 @@ def draw_profiles(run: Run, targets: Sequence[Target], out: Path) -> None:
     Raises:
         OutputError: matplotlib is missing, or ``out`` is of an unknown kind or cannot be written.
     """
-    plan = plan_rebuild(run, targets)
+    plan = plan_rebuild(run, [whole_model(target) for target in targets])
     edges = np.linspace(0.0, run.snapshots[-1].t, 401)
     figure, (stored, rebuilt) = _figure(2)
     sources = [_density(source.profile, edges) for source in plan.sources]

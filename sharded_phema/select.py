@@ -126,7 +126,8 @@ class _Factor:
     def rises(self, sources: Indices) -> Array:
         """What removal of each active source adds to the squared error of each target, (sources, targets)."""
         rows = np.searchsorted(self._members, sources)
-        return np.square(self._coefficients[rows]) / self._gains[rows, None]
+        squares: Array = np.square(self._coefficients[rows])
+        return squares / self._gains[rows, None]
 
     def remove_(self, source: int) -> None:
         """Take an active source out."""
@@ -185,7 +186,8 @@ def _allowed(problem: Problem, which: Indices, tolerance: Tolerance | Sequence[f
     if tolerance == "auto":
         wanted = np.maximum(AUTO * raw, np.sqrt(problem.noise.mean()))
         return np.maximum(wanted**2, _SLACK**2 * least)
-    return np.square(np.broadcast_to(np.asarray(tolerance, dtype=np.float64), problem.raw.shape)[which] * raw)
+    each = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), problem.raw.shape)[which]
+    return np.asarray((each * raw) ** 2)
 
 
 def _check(tolerance: Tolerance | Sequence[float], budget: int | None, targets: int) -> None:
