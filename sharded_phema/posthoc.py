@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_phema.averages import Averages
 from sharded_phema.backends import backend_of
-from sharded_phema.errors import OrderError
+from sharded_phema.errors import OrderError, TargetError
 from sharded_phema.identity import check_cover, check_same_model, run_record
 from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
 from sharded_phema.schedule import Schedule
@@ -275,12 +275,15 @@ def _mapped(model: Any) -> tuple[Any, Any]:
     return backend, backend.shard_layout(model)
 
 
-def _asked(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) -> Sequence[str | float]:
-    """All averages to keep; a mistake in either list is left for its reader to name."""
-    if isinstance(profiles, str):
-        return profiles
+def _asked(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) -> list[str | float]:
+    """All averages to keep."""
     widths = sigma_rels if sigma_rels is not None else () if profiles else (0.05, 0.10)
-    return widths if isinstance(widths, str) else [*widths, *profiles]
+    for name, several in (("sigma_rels", widths), ("profiles", profiles)):
+        if isinstance(several, str) or not isinstance(several, Iterable):
+            raise TargetError(
+                f"{name}={several!r}: a list is expected", hint=f"write {name}=[{several!r}] for a single average"
+            )
+    return [*widths, *profiles]
 
 
 def _one_of(target: str | float | None, sigma_rel: float | None) -> str | float:

@@ -124,7 +124,7 @@ class Target:
         """Profile of an average that counts from ``start``; until then it is the weights at ``t``."""
         if self.kind == "uniform":
             return Uniform(start, t) if start < t else Power(0.0, t, t)
-        return Exponential(self.amount, t, min(start, t), corrected=start < t)
+        return Exponential(self.amount, t, min(start, t), corrected=bool(start < t))
 
 
 def parse_target(text: str | float) -> Target:

@@ -198,12 +198,12 @@ class Ramped:
 
     def entering(self, last: float) -> float:
         """Weight of the weights at ``t`` in an average last updated at ``last``."""
-        if last < self.start or last <= 0.0:
-            return 1.0
         top = self._top
-        constant = (max(self.t, top) - max(last, top)) / self.tau
         begin, end = min(last, top), min(self.t, top)
-        return -math.expm1(math.log(2.0) / self.ramp * math.log1p((begin - end) / end) - constant)
+        if last < self.start or end - begin == end:
+            return 1.0
+        growing = math.log(2.0) / self.ramp * math.log1p((begin - end) / end)
+        return -math.expm1(growing - (max(self.t, top) - max(last, top)) / self.tau)
 
     @property
     def _top(self) -> float:
