@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from sharded_phema.errors import TargetError
 from sharded_phema.target import Target, parse_target
 
-__all__ = ["Output", "Wanted", "parse_outputs", "whole_model"]
+__all__ = ["Output", "Wanted", "parse_outputs", "read_patterns", "whole_model"]
 
 Wanted = str | float | Mapping[str, str | float]
 """A target, or targets by patterns of parameter names."""
 
+_EXAMPLE = '{"*.attn.*": 0.05, "*": 0.12}'
 _PATTERNS = "patterns are those of file names, such as *.attn.*, and the first that matches counts"
 
 
@@ -84,8 +87,23 @@ def parse_outputs(wanted: Sequence[Wanted] | Mapping[str, str | float]) -> tuple
     return tuple(outputs)
 
 
+def read_patterns(path: Path) -> dict[str, str | float]:
+    """Targets by patterns of parameter names, from a JSON file.
+
+    Raises:
+        TargetError: The file cannot be read, or holds no such object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TargetError(f"{path}: cannot be read: {error}", hint=f"expected {_EXAMPLE}") from error
+    if not isinstance(found, dict):
+        raise TargetError(f"{path}: expected targets by pattern, found {found!r:.50}", hint=f"expected {_EXAMPLE}")
+    return found
+
+
 def _mapped(targets: Mapping[str, str | float], number: int) -> Output:
     if not targets:
-        raise TargetError("targets by pattern: the mapping is empty", hint='for instance {"*.attn.*": 0.05, "*": 0.12}')
+        raise TargetError("targets by pattern: the mapping is empty", hint=f"for instance {_EXAMPLE}")
     slug = "per-tensor" if number == 1 else f"per-tensor-{number}"
     return Output(slug, tuple((pattern, parse_target(text)) for pattern, text in targets.items()), uniform=False)

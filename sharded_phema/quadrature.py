@@ -72,7 +72,9 @@ class Quadrature:
             tau = self.nodes[rows] * self.scale
             block = np.stack([value(profile, tau) for profile in profiles]) * roots[rows]
             if not np.isfinite(block).all():
-                raise ForecastError("a profile is not finite", hint="check the cumulative of profiles that are your own")
+                raise ForecastError(
+                    "a profile is not finite", hint="check the cumulative of profiles that are your own"
+                )
             stacked = np.hstack([triangle.T, block]).T  # column after column in memory, as LAPACK takes it
             triangle = scipy.linalg.qr(stacked, mode="r", overwrite_a=True, check_finite=False)[0][: len(profiles)]
         return triangle

@@ -94,7 +94,8 @@ def reconstruct(
         targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``. A mapping of
             patterns of parameter names to targets, such as ``{"*.attn.*": 0.05, "*": 0.12}``, is one target whose
             tensors are rebuilt differently, alone or in the list; the first pattern that matches counts.
-        out: Folder to make; a subfolder per target (``per-tensor`` for a mapping) holds ``model.safetensors`` and ``phema.json``.
+        out: Folder to make; a subfolder per target (``per-tensor`` for a mapping) holds ``model.safetensors`` and
+            ``phema.json``.
         format: Only "safetensors": files, and an index where there are several, as Hugging Face reads them.
         dtype: "float32", "bfloat16" or "float16"; rounding happens once, at the end.
         max_shard_size: Limit of one file, such as "5GB".

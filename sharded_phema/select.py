@@ -126,8 +126,8 @@ class _Factor:
     def rises(self, sources: Indices) -> Array:
         """What removal of each active source adds to the squared error of each target, (sources, targets)."""
         rows = np.searchsorted(self._members, sources)
-        squares: Array = np.square(self._coefficients[rows])
-        return squares / self._gains[rows, None]
+        rises: Array = np.square(self._coefficients[rows]) / self._gains[rows, None]
+        return rises
 
     def remove_(self, source: int) -> None:
         """Take an active source out."""
@@ -174,8 +174,8 @@ def _spread(problem: Problem, active: Indices, which: Indices) -> tuple[Array, A
 def _inverse(triangle: Array) -> Array:
     if triangle.size == 0:
         return triangle
-    inverse, _ = scipy.linalg.lapack.dtrtri(np.triu(triangle))
-    return np.asarray(inverse)
+    inverse: Array = scipy.linalg.lapack.dtrtri(np.triu(triangle))[0]
+    return inverse
 
 
 def _allowed(problem: Problem, which: Indices, tolerance: Tolerance | Sequence[float], least: Array) -> Array:
@@ -187,7 +187,8 @@ def _allowed(problem: Problem, which: Indices, tolerance: Tolerance | Sequence[f
         wanted = np.maximum(AUTO * raw, np.sqrt(problem.noise.mean()))
         return np.maximum(wanted**2, _SLACK**2 * least)
     each = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), problem.raw.shape)[which]
-    return np.asarray((each * raw) ** 2)
+    squares: Array = (each * raw) ** 2
+    return squares
 
 
 def _check(tolerance: Tolerance | Sequence[float], budget: int | None, targets: int) -> None:
