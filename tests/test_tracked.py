@@ -6,16 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from builders import Free, listing, no_flush
+from builders import Free, listing, no_flush, same_bits, tensors_of
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sharded_phema.errors import ModelMismatch, OrderError, TargetError
-from sharded_phema.fit import fit
 from sharded_phema.posthoc import PostHocEMA
+from sharded_phema.rebuild import reconstruct
 from sharded_phema.recipe import sources_of
 from sharded_phema.store import open_run
 from sharded_phema.tables import show_info
-from sharded_phema.target import parse_target
 from sharded_phema.tracked import tracked_set
 
 # Torch says so of every save and load outside a process group.
@@ -310,17 +309,29 @@ def test_mixed_kinds_are_sources_of_each_other(tmp_path):
         for name in models:
             models[name].set(w=path[step - 1])
             emas[name].update()
-    box = open_run(tmp_path / "stored").snapshots[-1].layouts[0].boxes[0][0]
-    sources = sources_of(open_run(tmp_path / "stored"))
-    values = np.array([source.snapshot.read_box(source.average, 0, box) for source in sources], dtype=np.float64)
-    truth = [open_run(tmp_path / "wanted").snapshots[-1].read_box(a, 0, box) for a in range(len(wanted))]
-    targets = [parse_target(text).profile(float(steps), 1.0) for text in wanted]
-    for found, target in zip(fit([s.profile for s in sources], targets), truth, strict=True):
-        error = np.linalg.norm(found.coefficients @ values - target) / np.linalg.norm(path[-1] - target)
-        assert found.forecast < 0.05
+    plan = reconstruct(tmp_path / "stored", wanted, out=tmp_path / "out", tolerance="exact")
+    truth = open_run(tmp_path / "wanted").snapshots[-1]
+    for index, planned in enumerate(plan.targets):
+        target = truth.read_box(index, 0, truth.layouts[0].boxes[0][0])
+        found = tensors_of(tmp_path / "out" / planned.target.slug)["w"].numpy()
+        error = np.linalg.norm(found - target) / np.linalg.norm(path[-1] - target)
+        assert planned.fit.forecast < 0.05
         # 400 axes are 400 walks: their mean square is within a fifth of its expectation. Float32 adds 1e-6 or so, and
         # weights that are read at whole steps half a step.
-        assert error < 1.3 * found.forecast + 1e-3
+        assert error < 1.3 * planned.fit.forecast + 1e-3
+
+
+def test_a_stored_average_of_any_kind_is_rebuilt_bit_for_bit(tmp_path):
+    texts = ["exponential:decay=0.9", "exponential:tau=9,ramp=0.1", "uniform", "uniform:start=15"]
+    model = Free(w=3)
+    ema = PostHocEMA(model, tmp_path / "run", snapshot_every=10, profiles=texts)
+    for step in range(1, 31):
+        model.set(w=[math.sin(step), step, 1 / step])
+        ema.update()
+    plan = reconstruct(tmp_path / "run", texts, out=tmp_path / "out")
+    for text, planned in zip(texts, plan.targets, strict=True):
+        with ema.swapped(text):
+            assert same_bits(tensors_of(tmp_path / "out" / planned.target.slug)["w"], model.w.detach())
 
 
 def test_the_listing_of_a_run_names_every_kind(tmp_path, capsys):
