@@ -78,12 +78,12 @@ def parse_outputs(wanted: Sequence[Wanted] | Mapping[str, str | float]) -> tuple
         outputs.append(_mapped(item, mapped) if isinstance(item, Mapping) else whole_model(parse_target(item)))
     if not outputs:
         raise TargetError("no target: at least one is expected", hint="for instance 0.12")
-    seen: set[tuple[tuple[str, Target], ...]] = set()
+    seen: set[tuple[object, bool]] = set()
     for output in outputs:
-        if output.patterns in seen:
+        if (output.patterns, output.uniform) in seen:
             text = output.patterns[0][1].text if output.uniform else output.slug
             raise TargetError(f"target {text!r} is asked for twice", hint="name every target once")
-        seen.add(output.patterns)
+        seen.add((output.patterns, output.uniform))
     return tuple(outputs)
 
 

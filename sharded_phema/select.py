@@ -193,7 +193,7 @@ def _allowed(problem: Problem, which: Indices, tolerance: Tolerance | Sequence[f
 
 def _check(tolerance: Tolerance | Sequence[float], budget: int | None, targets: int) -> None:
     if tolerance not in ("auto", "exact"):
-        numbers = np.atleast_1d(np.asarray(tolerance, dtype=np.float64))
+        numbers = np.atleast_1d(np.asarray(np.nan if isinstance(tolerance, str) else tolerance, dtype=np.float64))
         if numbers.size not in (1, targets) or not (np.isfinite(numbers) & (numbers > 0.0)).all():
             raise TargetError(
                 f"tolerance: expected auto, exact or a number above 0, found {tolerance!r}",
