@@ -110,6 +110,9 @@ def reconstruct(
     max_shard_size: Annotated[str, typer.Option(help="Limit of one file.")] = "5GB",
     tolerance: Tolerance = "auto",
     metric: Annotated[Metric, typer.Option(help="trajectory, density, or paper for its own procedure.")] = "trajectory",
+    movement: Annotated[
+        Literal["measured", "constant"], typer.Option(help="How fast weights moved when.")
+    ] = "measured",
     json: Json = False,
 ) -> None:
     """Rebuild averages of any length from stored snapshots; under torchrun, each process its own part."""
@@ -121,7 +124,8 @@ def reconstruct(
     files: dict[str, Any] = {"out": out, "dtype": dtype, "max_shard_size": max_shard_size}
     wanted: list[Any] = [*(targets or []), *(read_patterns(path) for path in per_tensor or [])]
     with launched():
-        done = rebuild(run, wanted, tolerance=_tolerance(tolerance), metric=metric, progress=_bar, **files)
+        wish: dict[str, Any] = {"tolerance": _tolerance(tolerance), "metric": metric, "movement": movement}
+        done = rebuild(run, wanted, progress=_bar, **wish, **files)
         if rank_and_size()[0] == 0:
             show_rebuilt(done, str(out), as_json=json)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import TargetError
 
-__all__ = ["STEADY", "Movement", "Rate", "movement_of", "steady"]
+__all__ = ["STEADY", "Movement", "Rate", "movement_of"]
 
 Array = NDArray[np.float64]
 Rate = Callable[[float], float] | tuple[Sequence[float], Sequence[float]]
@@ -44,11 +44,6 @@ class Movement:
 
 STEADY = Movement(np.array([0.0]), np.array([1.0]))
 """Weights that move as fast at all times."""
-
-
-def steady(t: float) -> float:
-    """The rate of a run whose learning rate does not change."""
-    return 1.0
 
 
 def movement_of(rate: Rate, end: float) -> Movement:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from sharded_phema.errors import OutputError
 from sharded_phema.export import TensorFiles, byte_count, staged, tensor_files
 from sharded_phema.fit import Metric
-from sharded_phema.movement import Rate, steady
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild, recipe_text
 from sharded_phema.select import Tolerance
+from sharded_phema.source import MovementWish
 from sharded_phema.store import open_run
 from sharded_phema.world import agree, from_first, rank_and_size
 
@@ -81,7 +81,7 @@ def reconstruct(
     max_shard_size: str | int = "5GB",
     tolerance: Tolerance = "auto",
     metric: Metric = "trajectory",
-    movement: Rate = steady,
+    movement: MovementWish = "measured",
     progress: Callable[[Iterable[T]], Iterable[T]] = iter,
 ) -> Plan:
     """Rebuild averages from a run's snapshots and write them, one folder a target.
@@ -103,7 +103,8 @@ def reconstruct(
             reach it, and it is an error if none do. "auto" takes 1e-3, or what rounding of the stored averages makes
             if that is more, and rebuilds as well as it can; "exact" reads all.
         metric: "trajectory", "density", or "paper" for the paper's own procedure.
-        movement: Learning rate of the run, where that changed: a function of training time, or (times, rates).
+        movement: How fast weights moved when: "measured" from the norms that snapshots carry, "constant", or the
+            run's learning rate as a function of training time or as (times, rates).
         progress: Wraps the blocks of this process, to draw a bar.
 
     Returns:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import ForecastError, TargetError
 from sharded_phema.fit import Fit, Metric, fit
-from sharded_phema.movement import Movement, Rate, movement_of, steady
+from sharded_phema.movement import Movement
 from sharded_phema.per_tensor import Output
 from sharded_phema.profile import Profile
 from sharded_phema.select import Tolerance, select
-from sharded_phema.source import Source, noise_of, sources_of
+from sharded_phema.source import MovementWish, Source, movement_in, noise_of, sources_of
 from sharded_phema.store import Run
 from sharded_phema.target import Target
 
@@ -79,7 +79,7 @@ def plan_rebuild(
     *,
     tolerance: Tolerance = "auto",
     metric: Metric = "trajectory",
-    movement: Rate = steady,
+    movement: MovementWish = "measured",
     once: Callable[[Callable[[], Solution]], Solution] = lambda solve: solve(),
 ) -> Plan:
     """Decide which stored averages make up each target. Reads no tensors.
@@ -91,7 +91,9 @@ def plan_rebuild(
             |raw weights - target|, is no larger. ``auto``: the same with 1e-3, or with what rounding of the stored
             averages makes if that is more; never refused. ``exact``: all. The density metrics always use all.
         metric: Which error the coefficients minimise.
-        movement: Learning rate of the run, a function of training time or (times, rates).
+        movement: How fast the weights moved at what time: ``measured`` takes it from the norms in the snapshots,
+            ``constant`` takes it as the same at all times; or the learning rate of the run, as a function of training
+            time or as (times, rates).
         once: Runs the solve; several processes solve once and share, so that their plans agree to the last bit.
 
     Raises:
@@ -105,12 +107,14 @@ def plan_rebuild(
     return Plan(run, planned, chosen, tuple(pool[i] for i in used), weights[used])
 
 
-def _solution(run: Run, outputs: Sequence[Output], tolerance: Tolerance, metric: Metric, movement: Rate) -> Solution:
+def _solution(
+    run: Run, outputs: Sequence[Output], tolerance: Tolerance, metric: Metric, movement: MovementWish
+) -> Solution:
     pool = sources_of(run)
     names = [parameter.name for parameter in run.record.parameters]
     choices = [output.choice(names) for output in outputs]
     targets = tuple(dict.fromkeys(target for choice in choices for target in choice))
-    planned, weights = _fitted(run, pool, targets, tolerance, metric, movement_of(movement, run.snapshots[-1].t))
+    planned, weights = _fitted(run, pool, targets, tolerance, metric, movement_in(run, movement))
     if isinstance(tolerance, float | int):
         _check_tolerance(run, planned, tolerance)
     place = {target: k for k, target in enumerate(targets)}

@@ -185,7 +185,7 @@ def _allowed(problem: Problem, which: Indices, tolerance: Tolerance | Sequence[f
         return np.zeros(which.size)
     if tolerance == "auto":
         wanted = np.maximum(AUTO * raw, np.sqrt(problem.noise.mean()))
-        return np.maximum(wanted**2, _SLACK**2 * least)
+        return np.asarray(np.maximum(wanted**2, _SLACK**2 * least))
     each = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), problem.raw.shape)[which]
     squares: Array = (each * raw) ** 2
     return squares

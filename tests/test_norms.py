@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from walks import walk_run
 
+from sharded_phema.errors import TargetError
 from sharded_phema.movement import STEADY, movement_of
-from sharded_phema.source import movement_per_time, noise_of, sources_of
+from sharded_phema.source import movement_in, movement_per_time, noise_of, sources_of
 from sharded_phema.store import norms, open_run
 
 
@@ -75,3 +76,21 @@ def test_a_run_of_one_average_has_no_noise_term(tmp_path):
     walk = walk_run(tmp_path, labels=LABELS[:1])
     assert walk.run.snapshots[0].gaps == ()
     assert set(noise_of(sources_of(walk.run)[:1], STEADY)) == {0.0}
+
+
+def test_movement_that_changes_is_measured(tmp_path):
+    # Oracle: steps of half the size in the second half of the run. Gaps look back over the averages' widths, so the
+    # ends of the two halves are compared, and 1000 numbers scatter by 5 %.
+    walk = walk_run(tmp_path, rate=lambda step: 1.0 if step <= 100 else 0.5)
+    measured = movement_in(walk.run, "measured").at(np.array([60.0, 85.0, 185.0, 200.0]))
+    assert measured[2:] / measured[:2] == pytest.approx([0.5, 0.5], rel=0.25)
+    assert movement_in(walk.run, "constant") is STEADY
+    given = movement_in(walk.run, ([0.0, 200.0], [2.0, 1.0]))
+    assert given.at(np.array([0.0, 200.0])) == pytest.approx([1.0, 0.5])
+    with pytest.raises(TargetError, match="expected measured, constant or a learning rate, found 'fast'"):
+        movement_in(walk.run, "fast")
+
+
+def test_movement_that_cannot_be_measured_is_constant(tmp_path):
+    assert movement_in(walk_run(tmp_path / "one", labels=LABELS[:1]).run, "measured") is STEADY
+    assert movement_in(walk_run(tmp_path / "still", size=0.0).run, "measured") is STEADY

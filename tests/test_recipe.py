@@ -98,7 +98,8 @@ def test_the_density_metrics_read_all(tmp_path, metric):
 
 
 def test_a_learning_rate_changes_the_plan(walk):
-    plain, rated = planned(walk, ["0.2"]), planned(walk, ["0.2"], movement=lambda t: max(0.0, 1.0 - t / 200.0))
+    plain = planned(walk, ["0.2"], movement="constant")
+    rated = planned(walk, ["0.2"], movement=lambda t: max(0.0, 1.0 - t / 200.0))
     assert plain.targets[0].fit.forecast != rated.targets[0].fit.forecast
     same = planned(walk, ["0.2"], movement=([0.0, 200.0], [3.0, 3.0]))
     np.testing.assert_allclose(same.coefficients, plain.coefficients, atol=1e-9)

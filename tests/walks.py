@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,20 @@ class Walk:
 
 
 def walk_run(
-    root: Path, *, steps: int = 200, every: int = 10, labels: Sequence[str] = LABELS, size: float = 0.01
+    root: Path,
+    *,
+    steps: int = 200,
+    every: int = 10,
+    labels: Sequence[str] = LABELS,
+    size: float = 0.01,
+    rate: Callable[[int], float] = lambda step: 1.0,
 ) -> Walk:
-    """Store both averages of a random walk, every so many steps, in one process."""
+    """Store the averages of a random walk, every so many steps, in one process."""
     rng = np.random.default_rng(5)
     division = Division(SHAPES, tuple([((whole(shape),), 0)] for shape in SHAPES))
     count = sum(int(np.prod(shape)) for shape in SHAPES)
-    weights = np.cumsum(np.vstack([rng.standard_normal(count), size * rng.standard_normal((steps, count))]), axis=0)
+    moves = size * rng.standard_normal((steps, count)) * np.array([[rate(step)] for step in range(1, steps + 1)])
+    weights = np.cumsum(np.vstack([rng.standard_normal(count), moves]), axis=0)
     walk = Walk(None, weights)  # type: ignore[arg-type]
     with no_flush():
         new_run(root, division, labels=labels)
