@@ -163,12 +163,10 @@ def solved(problem: Problem, kept: NDArray[np.int64]) -> tuple[Fit, ...]:
         coefficients[:, target] = np.arange(sources) == problem.stored[target]
     whole = np.vstack([coefficients, -np.eye(targets)])
     errors, drifts = (np.linalg.norm(columns @ whole, axis=0) for columns in (problem.columns, problem.paths))
-    rounding = np.sqrt(problem.noise @ coefficients**2)
+    rounding, raw = np.sqrt(problem.noise @ coefficients**2), problem.raw.tolist()
     return tuple(
         Fit(c, float(error), _ratio(float(drift), scale), _ratio(float(noise), scale), rank)
-        for c, error, drift, noise, scale in zip(
-            coefficients.T.copy(), errors, drifts, rounding, problem.raw.tolist(), strict=True
-        )
+        for c, error, drift, noise, scale in zip(coefficients.T.copy(), errors, drifts, rounding, raw, strict=True)
     )
 
 
@@ -181,8 +179,7 @@ def mirrored(design: Array) -> tuple[Array, Array]:
     Returns:
         The design, (rows, sources), and the unit normal of the mirror, (sources,).
     """
-    sources = design.shape[1]
-    mirror = np.full(sources, sources**-0.5)
+    mirror = np.full(design.shape[1], design.shape[1] ** -0.5)
     mirror[0] += 1.0
     mirror /= np.linalg.norm(mirror)
     return design - 2.0 * np.outer(design @ mirror, mirror), mirror
