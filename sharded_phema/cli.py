@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,11 +31,24 @@ app.add_typer(plots, name="plot")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that PostHocEMA wrote.")]
 Targets = Annotated[list[str], typer.Argument(metavar="TARGET...", help="What to rebuild, such as 0.12 or window:0.2.")]
-Metric = Literal["trajectory", "density"]
+Rebuilt = Annotated[
+    list[str] | None, typer.Argument(metavar="[TARGET...]", help="What to rebuild, such as 0.12 or window:0.2.")
+]
+Metric = Literal["trajectory", "density", "paper"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Picture = Annotated[Path, typer.Option("--out", help="PNG, PDF or SVG file to draw.")]
 
-Tolerance = Annotated[float, typer.Option(help="Largest forecast error to accept, relative to |raw - target|.")]
+Tolerance = Annotated[
+    str,
+    typer.Option(
+        help="Largest forecast error to accept, relative to |raw - target|; as few averages are read as reach it. "
+        "auto: about 1e-3, never refused; exact: read all."
+    ),
+]
+PerTensor = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help='JSON of targets by parameter, such as {"*.attn.*": 0.05, "*": "0.12"}.'),
+]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 
 _WIDTHS = ["0.03", "0.05", "0.07", "0.10", "0.15", "0.20", "0.25", "decay:linear:0.2", "decay:cosine:0.2"]
@@ -49,26 +61,32 @@ def _options(version: Version = False) -> None:
         raise typer.Exit
 
 
-@app.command(epilog="Example: sharded-phema plan --snapshots 8,16,32 --sigma-rels 0.05,0.10 --parameters 1.5e9")
+@app.command(epilog="Example: sharded-phema plan 0.03:0.25 decay:linear:0.2 --tolerance 1e-2 --parameters 1.5e9")
 def plan(
-    targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET...]", help="What will be wanted.")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[TARGET...]", help="What will be wanted; 0.03:0.25 is a range.")
+    ] = None,
     snapshots: Annotated[str, typer.Option(help="Numbers of snapshots to compare.")] = "8,16,32,64",
     sigma_rels: Annotated[str, typer.Option(help="Widths that training tracks.")] = "0.05,0.10",
     length: Annotated[float, typer.Option(help="Length of the run, in its unit of training time.")] = 100_000,
     parameters: Annotated[float, typer.Option(help="Parameters of the model.")] = 1e9,
-    tolerance: Tolerance = math.inf,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Recommend what to track, so that no error is larger.")
+    ] = None,
+    stillness: Annotated[float, typer.Option(help="|weights|^2 over the squared distance they walk in the run.")] = 10,
     json: Json = False,
 ) -> None:
-    """Before training: what n snapshots of which widths will rebuild, and the disk they take."""
-    from sharded_phema.forecast import check_reachable, outlook
+    """Before training: what n snapshots of which widths will rebuild, the disk they take, and what to choose."""
+    from sharded_phema.forecast import outlook
+    from sharded_phema.recommend import Request, recommend, spread_widths
     from sharded_phema.tables import show_outlooks
     from sharded_phema.target import parse_targets
 
-    tracked, wanted = parse_targets(sigma_rels.split(",")), parse_targets(targets or _WIDTHS)
-    counts = _counts(snapshots)
+    wanted = parse_targets(text for target in targets or _WIDTHS for text in spread_widths(target))
+    tracked, counts = parse_targets(sigma_rels.split(",")), _counts(snapshots)
     outlooks = [outlook(tracked, wanted, n, length=length, parameters=parameters) for n in counts]
-    check_reachable(outlooks, wanted, tolerance)
-    show_outlooks(outlooks, wanted, as_json=json)
+    wish = [] if tolerance is None else [Request(wanted, length, parameters, tolerance, stillness)]
+    show_outlooks(outlooks, wanted, [plan for request in wish for plan in recommend(request)], as_json=json)
 
 
 @app.command(epilog="Example: sharded-phema info run/ema")
@@ -85,22 +103,29 @@ def info(run: RunFolder, json: Json = False) -> None:
 )
 def reconstruct(
     run: RunFolder,
-    targets: Targets,
     out: Annotated[Path, typer.Option(help="Folder to make; one subfolder per target.")],
+    targets: Rebuilt = None,
+    per_tensor: PerTensor = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Limit of one file.")] = "5GB",
-    tolerance: Tolerance = math.inf,
-    metric: Annotated[Metric, typer.Option(help="trajectory, or density as in the paper.")] = "trajectory",
+    tolerance: Tolerance = "auto",
+    metric: Annotated[Metric, typer.Option(help="trajectory, density, or paper for its own procedure.")] = "trajectory",
+    movement: Annotated[
+        Literal["measured", "constant"], typer.Option(help="How fast weights moved when.")
+    ] = "measured",
     json: Json = False,
 ) -> None:
     """Rebuild averages of any length from stored snapshots; under torchrun, each process its own part."""
+    from sharded_phema.per_tensor import read_patterns
     from sharded_phema.rebuild import reconstruct as rebuild
     from sharded_phema.tables import show_rebuilt
     from sharded_phema.world import launched, rank_and_size
 
     files: dict[str, Any] = {"out": out, "dtype": dtype, "max_shard_size": max_shard_size}
+    wanted: list[Any] = [*(targets or []), *(read_patterns(path) for path in per_tensor or [])]
     with launched():
-        done = rebuild(run, targets, tolerance=tolerance, metric=metric, progress=_bar, **files)
+        wish: dict[str, Any] = {"tolerance": _tolerance(tolerance), "metric": metric, "movement": movement}
+        done = rebuild(run, wanted, progress=_bar, **wish, **files)
         if rank_and_size()[0] == 0:
             show_rebuilt(done, str(out), as_json=json)
 
@@ -142,6 +167,13 @@ def _counts(text: str) -> list[int]:
         return [int(count) for count in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"expected numbers such as 8,16,32, found {text}", param_hint="--snapshots") from None
+
+
+def _tolerance(text: str) -> Any:
+    try:
+        return text if text in ("auto", "exact") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected auto, exact or a number, found {text}", param_hint="--tolerance") from None
 
 
 def _bar(blocks: Iterable[Any]) -> Iterator[Any]:

@@ -16,22 +16,17 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from sharded_phema.errors import ForecastError, TargetError
+from sharded_phema.movement import STEADY, Movement
 from sharded_phema.profile import Profile
+from sharded_phema.quadrature import quadrature
 
-__all__ = ["Fit", "Metric", "fit"]
+__all__ = ["Fit", "Metric", "Problem", "fit", "mirrored", "posed", "solved"]
 
 Array = NDArray[np.float64]
-Metric = Literal["trajectory", "density"]
+Metric = Literal["trajectory", "density", "paper"]
 
-_NODES = 16
-# A panel on which exp(slope * log tau) grows by e^10 is integrated to 1e-12 by 16 nodes, also when squared; so is a
-# fractional power of tau on a panel whose end is 4 times its start (10 / 7.2 = log 4).
-_GROWTH, _LEAST_SLOPE = 10.0, 7.2
-_NEGLIGIBLE = 1e-16
 # Columns carry rounding of 1e-16 or so each: a smaller difference than this tells no two sources apart.
 _DEPENDENT = 1e-14
-# Mass of a jump that is taken for rounding when densities are asked for.
-_JUMP = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,16 +36,23 @@ class Fit:
     Args:
         coefficients: What each source is multiplied by, shape (sources,), sum 1.
         error: Distance from the target in the metric that was asked for, with time divided by the largest ``t``.
-        forecast: Predicted ``|rebuilt - target| / |raw weights at the target's time - target|``, whatever the metric;
-            infinite if the target is raw weights that no source holds.
+        fit_part: Predicted ``|rebuilt - target| / |raw weights at the target's time - target|`` if nothing were
+            rounded, whatever the metric; infinite if the target is raw weights that no source holds.
+        rounding_part: The same for the rounding of the sources alone.
         rank: Number of sources that are independent to rounding; below their number the smallest coefficients of
             all that fit equally well are given.
     """
 
     coefficients: Array
     error: float
-    forecast: float
+    fit_part: float
+    rounding_part: float
     rank: int
+
+    @property
+    def forecast(self) -> float:
+        """Predicted ``|rebuilt - target| / |raw weights at the target's time - target|``, both parts together."""
+        return math.hypot(self.fit_part, self.rounding_part)
 
     @property
     def noise_gain(self) -> float:
@@ -58,7 +60,41 @@ class Fit:
         return float(np.abs(self.coefficients).sum())
 
 
-def fit(sources: Sequence[Profile], targets: Sequence[Profile], *, metric: Metric = "trajectory") -> tuple[Fit, ...]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """Sources and targets as columns of few rows, with the right inner products; made by ``posed``.
+
+    Args:
+        paths: Cumulatives of sources, then targets; their inner products are those of the trajectory metric.
+        columns: The same in the metric that is asked for.
+        noise: Rounding noise of each source as its share of the squared error, time divided by the largest ``t``.
+        raw: Distance of each target from the raw weights at its time, in the trajectory metric.
+        stored: For each target the source that has its profile, -1 if none has.
+        metric: What the coefficients minimise.
+    """
+
+    paths: Array  # (rows, sources + targets)
+    columns: Array  # (rows, sources + targets)
+    noise: Array  # (sources,)
+    raw: Array  # (targets,)
+    stored: NDArray[np.int64]  # (targets,)
+    metric: Metric
+
+    def design(self, kept: NDArray[np.int64], which: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Columns of some sources above their noise, and those of some targets above zeros."""
+        noise = np.diag(np.sqrt(self.noise[kept])) if self.metric == "trajectory" else np.empty((0, kept.size))
+        goals = self.columns[:, self.noise.size + which]
+        return np.vstack([self.columns[:, kept], noise]), np.vstack([goals, np.zeros((len(noise), which.size))])
+
+
+def fit(
+    sources: Sequence[Profile],
+    targets: Sequence[Profile],
+    *,
+    metric: Metric = "trajectory",
+    movement: Movement = STEADY,
+    noise: float | Sequence[float] = 0.0,
+) -> tuple[Fit, ...]:
     """Best coefficients for every target, from one factorisation of the sources.
 
     A target that is a source gets coefficient 1 there and 0 elsewhere. Sources read after a target's time are used;
@@ -67,114 +103,92 @@ def fit(sources: Sequence[Profile], targets: Sequence[Profile], *, metric: Metri
     Args:
         sources: Profiles of the stored averages, no two equal.
         targets: Profiles of the wanted averages.
-        metric: ``trajectory`` makes the expected error of weights that walk randomly smallest, with the coefficients
-            summing to 1. ``density`` is the published procedure: least squares on densities, then division by the sum
-            (Karras et al., arXiv:2312.02696, appendix C, algorithm 3).
+        metric: ``trajectory`` makes the expected error of weights that walk randomly smallest. ``density`` is least
+            squares on densities. Both have coefficients that sum to 1. ``paper`` is the published procedure: least
+            squares on densities without that constraint, then division by the sum (Karras et al., arXiv:2312.02696,
+            appendix C, algorithm 3).
+        movement: How fast weights move, where that changes; enters the trajectory metric and the forecast.
+        noise: Expected squared rounding error of each source, or of all, divided by the expected squared movement of
+            the weights in a unit of time. Enters the forecast, and the coefficients of the trajectory metric.
 
     Raises:
-        TargetError: No source or target, equal sources, an unknown metric, or ``density`` with a profile that has no
-            square-integrable density.
+        TargetError: No source or target, equal sources, an unknown metric, noise that is no share, or a density
+            metric with a profile that has no square-integrable density.
         ForecastError: The profiles do not determine coefficients that can be used.
     """
+    problem = posed(sources, targets, metric=metric, movement=movement, noise=noise)
+    return solved(problem, np.arange(len(sources)))
+
+
+def posed(
+    sources: Sequence[Profile],
+    targets: Sequence[Profile],
+    *,
+    metric: Metric,
+    movement: Movement,
+    noise: float | Sequence[float],
+) -> Problem:
+    """The least-squares problem behind ``fit``, which has the same arguments, in (sources + targets) rows."""
     _check_arguments(sources, targets, metric)
-    rule = _quadrature([*sources, *targets])
-    paths, wanted = rule.paths(sources), rule.paths(targets)
-    if metric == "trajectory":
-        solve, design, goals = _solve_sum_one, paths, wanted
-    else:
-        solve, design, goals = _solve_and_divide, rule.densities(sources), rule.densities(targets)
-    coefficients, rank = solve(*_compress(design, goals))
-    _answer_stored(coefficients, sources, targets)
-    errors = np.linalg.norm(design @ coefficients - goals, axis=0)
-    drifts = np.linalg.norm(paths @ coefficients - wanted, axis=0)
-    raw = [rule.distance_to_raw(target) for target in targets]
+    rule = quadrature([*sources, *targets], movement)
+    shares = _shares(noise, len(sources)) / rule.scale
+    paths = rule.paths([*sources, *targets])
+    columns = paths if metric == "trajectory" else rule.densities([*sources, *targets])
+    place = {source: i for i, source in enumerate(sources)}
+    stored = np.array([place.get(target, -1) for target in targets])
+    for target in np.flatnonzero(stored >= 0):
+        for matrix in (paths, columns):  # equal to rounding before, exactly now
+            matrix[:, len(sources) + target] = matrix[:, stored[target]]
+    raw = np.array([rule.distance_to_raw(target) for target in targets])
+    return Problem(paths, columns, shares, raw, stored, metric)
+
+
+def solved(problem: Problem, kept: NDArray[np.int64]) -> tuple[Fit, ...]:
+    """Best coefficients for every target from some of the sources, those of the others being 0.
+
+    Args:
+        problem: Sources and targets.
+        kept: Sources that may be used, ascending.
+
+    Raises:
+        ForecastError: The profiles do not determine coefficients that can be used.
+    """
+    sources, targets = problem.noise.size, problem.raw.size
+    solve = _solve_and_divide if problem.metric == "paper" else _solve_sum_one
+    some, rank = solve(*problem.design(kept, np.arange(targets)))
+    coefficients = np.zeros((sources, targets))
+    coefficients[kept] = some
+    # To rounding this is what the solve gives; exactly, a stored average is read alone and comes back bit for bit.
+    for target in np.flatnonzero(np.isin(problem.stored, kept)):
+        coefficients[:, target] = np.arange(sources) == problem.stored[target]
+    whole = np.vstack([coefficients, -np.eye(targets)])
+    errors, drifts = (np.linalg.norm(columns @ whole, axis=0) for columns in (problem.columns, problem.paths))
+    rounding, raw = np.sqrt(problem.noise @ coefficients**2), problem.raw.tolist()
     return tuple(
-        Fit(c, float(error), _ratio(float(drift), scale), rank)
-        for c, error, drift, scale in zip(coefficients.T.copy(), errors, drifts, raw, strict=True)
+        Fit(c, float(error), _ratio(float(drift), scale), _ratio(float(noise), scale), rank)
+        for c, error, drift, noise, scale in zip(coefficients.T.copy(), errors, drifts, rounding, raw, strict=True)
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Quadrature:
-    """Nodes (in units of ``scale``) and roots of weights, so that a column's norm is the root of an integral."""
+def mirrored(design: Array) -> tuple[Array, Array]:
+    """Design in new coefficients, of which the first is ``-1 / sqrt(n)`` when the old ones sum to 1.
 
-    nodes: Array
-    roots: Array
-    scale: float
+    The reflection that maps (1, ..., 1) / sqrt(n) to minus the first axis is orthogonal, so nothing is lost by it,
+    unlike by a heavily weighted row. It is its own inverse.
 
-    def paths(self, profiles: Sequence[Profile]) -> Array:
-        """Weighted cumulatives, (nodes, profiles)."""
-        return self._columns([profile.cumulative(self.nodes * self.scale) for profile in profiles])
-
-    def densities(self, profiles: Sequence[Profile]) -> Array:
-        """Weighted densities, (nodes, profiles)."""
-        for profile in profiles:
-            _check_density(profile)
-        return self._columns([profile.density(self.nodes * self.scale) * self.scale for profile in profiles])
-
-    def distance_to_raw(self, profile: Profile) -> float:
-        """Distance in the trajectory metric from the raw weights at the profile's time."""
-        tau = self.nodes * self.scale
-        return float(np.linalg.norm(np.where(tau < profile.t, profile.cumulative(tau), 0.0) * self.roots))
-
-    def _columns(self, rows: list[Array]) -> Array:
-        return np.ascontiguousarray((np.stack(rows) * self.roots).T)
-
-
-def _quadrature(profiles: Sequence[Profile]) -> _Quadrature:
-    """Gauss-Legendre panels on which every product of two of the profiles is smooth."""
-    scale = max(profile.t for profile in profiles)
-    knots = np.unique([0.0, *(knot for profile in profiles for knot in profile.knots)])
-    left, right = _split(knots[:-1], knots[1:], [p for p in profiles if p.steepness > 0.0])
-    x, w = np.polynomial.legendre.leggauss(_NODES)
-    left, half = left / scale, (right - left) / (2.0 * scale)
-    nodes = (left + half)[:, None] + half[:, None] * x
-    return _Quadrature(nodes.ravel(), np.sqrt(half[:, None] * w).ravel(), scale)
-
-
-def _split(left: Array, right: Array, profiles: Sequence[Profile]) -> tuple[Array, Array]:
-    """Panels cut until no profile that is neither 0 nor 1 there grows by more than exp(_GROWTH)."""
-    done: list[tuple[Array, Array]] = []
-    smallest = _NEGLIGIBLE * right[-1]
-    while left.size:
-        slope = np.zeros(left.size)
-        live_profiles = []
-        for profile in profiles:
-            live = (profile.cumulative(right) > _NEGLIGIBLE) & (left < profile.t)
-            slope[live] = np.maximum(slope[live], max(profile.steepness, _LEAST_SLOPE))
-            if live.any():
-                live_profiles.append(profile)
-        profiles = live_profiles
-        # Not log(right / left): a panel that starts at 0 is wide whenever a profile lives on it.
-        wide = (slope > 0.0) & (left < right * np.exp(-_GROWTH / np.maximum(slope, _LEAST_SLOPE)))
-        wide &= right > smallest
-        done.append((left[~wide], right[~wide]))
-        left, right = left[wide], right[wide]
-        # The geometric mean halves the growth; from 0 the panels shrink by 4 until all profiles are negligible.
-        middle = np.where(left > 0.0, np.sqrt(left * right), right / 4.0)
-        left, right = np.concatenate([left, middle]), np.concatenate([middle, right])
-    return np.concatenate([a for a, _ in done]), np.concatenate([b for _, b in done])
-
-
-def _compress(design: Array, goals: Array) -> tuple[Array, Array]:
-    """Design and goals with the same inner products in (sources + targets) rows, without squaring them."""
-    if not (np.isfinite(design).all() and np.isfinite(goals).all()):
-        raise ForecastError("a profile is not finite", hint="check the cumulative of profiles that are your own")
-    triangle = scipy.linalg.qr(np.hstack([design, goals]), mode="r", overwrite_a=True, check_finite=False)[0]
-    triangle = triangle[: triangle.shape[1]]
-    return triangle[:, : design.shape[1]], triangle[:, design.shape[1] :]
+    Returns:
+        The design, (rows, sources), and the unit normal of the mirror, (sources,).
+    """
+    mirror = np.full(design.shape[1], design.shape[1] ** -0.5)
+    mirror[0] += 1.0
+    mirror /= np.linalg.norm(mirror)
+    return design - 2.0 * np.outer(design @ mirror, mirror), mirror
 
 
 def _solve_sum_one(design: Array, goals: Array) -> tuple[Array, int]:
     """Least squares over the coefficients that sum to 1: (sources, targets), and the rank of the sources."""
-    sources = design.shape[1]
-    # The reflection that maps (1, ..., 1) / sqrt(n) to the first axis turns the constraint into "the first new
-    # coefficient is 1 / sqrt(n)". It is orthogonal, so nothing is lost by it, unlike by a heavily weighted row.
-    mirror = np.full(sources, sources**-0.5)
-    mirror[0] += 1.0
-    mirror /= np.linalg.norm(mirror)
-    turned = design - 2.0 * np.outer(design @ mirror, mirror)
-    first = -(sources**-0.5)
+    turned, mirror = mirrored(design)
+    first = -(design.shape[1] ** -0.5)
     free, rank = _least_squares(turned[:, 1:], goals - first * turned[:, :1])
     new = np.vstack([np.full((1, goals.shape[1]), first), free])
     return new - 2.0 * np.outer(mirror, mirror @ new), rank + 1
@@ -186,7 +200,7 @@ def _solve_and_divide(design: Array, goals: Array) -> tuple[Array, int]:
     total = coefficients.sum(axis=0)
     if np.any(np.abs(total) < 1e-6 * np.maximum(1.0, np.abs(coefficients).sum(axis=0))):
         raise ForecastError(
-            "the density fit has coefficients that sum to 0, so it cannot be scaled to an average",
+            "the fit of densities has coefficients that sum to 0, so it cannot be scaled to an average",
             hint='use metric="trajectory", whose coefficients sum to 1 by construction',
         )
     return coefficients / total, rank
@@ -203,15 +217,6 @@ def _least_squares(design: Array, goals: Array) -> tuple[Array, int]:
             hint="sources that differ too little cannot be told apart; leave some of them out",
         )
     return solution, int(rank)
-
-
-def _answer_stored(coefficients: Array, sources: Sequence[Profile], targets: Sequence[Profile]) -> None:
-    # To rounding this is what the solve gives; exactly, a stored average is read alone and comes back bit for bit.
-    place = {source: i for i, source in enumerate(sources)}
-    for j, target in enumerate(targets):
-        if target in place:
-            coefficients[:, j] = 0.0
-            coefficients[place[target], j] = 1.0
 
 
 def _ratio(drift: float, scale: float) -> float:
@@ -234,12 +239,11 @@ def _check_arguments(sources: Sequence[Profile], targets: Sequence[Profile], met
         seen.add(source)
 
 
-def _check_density(profile: Profile) -> None:
-    knots = np.array(profile.knots)
-    jump = profile.cumulative(knots) - profile.cumulative(np.nextafter(knots, -np.inf))
-    if np.any(jump > _JUMP) or not np.isfinite(profile.density(knots)).all():
-        found = "jumps" if np.any(jump > _JUMP) else "has a density without a finite square"
+def _shares(noise: float | Sequence[float], sources: int) -> Array:
+    shares = np.asarray(noise, dtype=np.float64)
+    if shares.shape not in ((), (sources,)) or not (np.isfinite(shares) & (shares >= 0.0)).all():
         raise TargetError(
-            f'metric="density" cannot take {profile}: it {found}',
-            hint='use metric="trajectory", which takes every profile',
+            f"noise: expected one number of at least 0, or one for each of {sources} sources, found {noise!r:.100}",
+            hint="noise is the squared rounding error divided by the squared movement in a unit of time",
         )
+    return np.broadcast_to(shares, (sources,))

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sharded_phema.errors import ForecastError, TargetError
+from sharded_phema.errors import TargetError
 from sharded_phema.fit import fit
 from sharded_phema.schedule import snapshot_times
 from sharded_phema.target import Target
 
-__all__ = ["Outlook", "check_reachable", "outlook"]
+__all__ = ["Outlook", "outlook"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +57,3 @@ def outlook(
     fits = fit(sources, [target.profile(length) for target in targets])
     size = round(4 * parameters) * snapshots * len(tracked)
     return Outlook(snapshots, tuple(found.forecast for found in fits), size)
-
-
-def check_reachable(outlooks: Sequence[Outlook], targets: Sequence[Target], tolerance: float) -> None:
-    """Prove that one of the plans rebuilds every target to the tolerance.
-
-    Raises:
-        ForecastError: None does; says which target fails, and what the best plan reaches.
-    """
-    best = min(outlooks, key=lambda plan: max(plan.forecasts))
-    worst = max(range(len(targets)), key=lambda k: best.forecasts[k])
-    if best.forecasts[worst] > tolerance:
-        raise ForecastError(
-            f"{targets[worst].text}: forecast error {best.forecasts[worst]:.2g} with {best.snapshots} snapshots, "
-            f"asked for at most {tolerance:g}",
-            hint="plan for more --snapshots, track a width nearer the target, or ask for less",
-        )

@@ -95,6 +95,8 @@ class PartRecord:
         t: Training time, in the run's unit.
         start: Training time of the first update that entered the averages.
         size: Length of the tensor file in bytes.
+        norms: Squared norm of the rank's part of each average; empty where a number in it is not finite.
+        gaps: The same of the difference of each pair of averages, in the order of ``itertools.combinations``.
     """
 
     run: str
@@ -104,6 +106,8 @@ class PartRecord:
     t: float
     start: float
     size: int
+    norms: tuple[float, ...] = ()
+    gaps: tuple[float, ...] = ()
 
 
 def encode(record: RunRecord | SessionRecord | LayoutRecord | PartRecord) -> str:

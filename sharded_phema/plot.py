@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import OutputError
 from sharded_phema.fit import fit
+from sharded_phema.per_tensor import whole_model
 from sharded_phema.profile import Profile
-from sharded_phema.recipe import plan_rebuild, sources_of
+from sharded_phema.recipe import plan_rebuild
+from sharded_phema.source import sources_of
 from sharded_phema.store import Run
 from sharded_phema.target import Target, parse_target
 from sharded_phema.width import MAX_SIGMA_REL, sigma_rel_of
@@ -31,7 +33,7 @@ def draw_profiles(run: Run, targets: Sequence[Target], out: Path) -> None:
     Raises:
         OutputError: matplotlib is missing, or ``out`` is of an unknown kind or cannot be written.
     """
-    plan = plan_rebuild(run, targets)
+    plan = plan_rebuild(run, [whole_model(target) for target in targets])
     edges = np.linspace(0.0, run.snapshots[-1].t, 401)
     figure, (stored, rebuilt) = _figure(2)
     sources = [_density(source.profile, edges) for source in plan.sources]
@@ -62,7 +64,9 @@ def draw_forecast(run: Run, out: Path) -> None:
     figure, (axes,) = _figure(1)
     axes.plot(widths, [found.forecast for found in fits], lw=2)
     for label in run.record.averages:
-        axes.axvline(float(sigma_rel_of(parse_target(label).amount)), color="0.6", ls="--", lw=1)
+        stored = parse_target(label)
+        if stored.kind == "power":
+            axes.axvline(sigma_rel_of(stored.amount), color="0.6", ls="--", lw=1)
     axes.set(xscale="log", yscale="log", xlabel="sigma_rel of the rebuilt average", ylabel="error / |raw - average|")
     axes.set_title(f"forecast from {len(run.snapshots)} snapshots (stored widths dashed)")
     _save(figure, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,19 +18,18 @@ from sharded_phema.backends import backend_of
 from sharded_phema.errors import OrderError, TargetError
 from sharded_phema.identity import check_cover, check_same_model, run_record
 from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
-from sharded_phema.profile import Power
 from sharded_phema.schedule import Schedule
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import create_run, open_run, run_exists, start_session, write_snapshot
-from sharded_phema.target import Target, parse_target, parse_targets
-from sharded_phema.width import step_weight
+from sharded_phema.target import Target, parse_target
+from sharded_phema.tracked import tracked_set
 from sharded_phema.world import agree, from_first, rank_and_size
 
 __all__ = ["PostHocEMA"]
 
 
 class PostHocEMA:
-    """Power-function averages of a model's weights, from which any other averaging length can be rebuilt later.
+    """Running averages of a model's weights, from which averages of any other length can be rebuilt later.
 
     Each rank averages its own shards, in float32; neither ``update`` nor ``snapshot``
     communicates. Made on every rank at once, after the model was sharded and moved.
@@ -39,14 +38,20 @@ class PostHocEMA:
         model: A module, plain or sharded with ``fully_shard``, or inside DistributedDataParallel.
         root: Run folder on storage that all ranks share; made if missing. A folder that holds this run
             already is continued: restore the averages with ``load_state_dict`` or ``resume`` first.
-        sigma_rels: Relative widths of the averages to keep, each in (0, 0.2886). Two suffice to rebuild the others.
+        sigma_rels: Relative widths of the averages to keep, each in (0, 0.2886); 0.05 and 0.10, which suffice to
+            rebuild the others, unless ``sigma_rels`` or ``profiles`` says otherwise.
         snapshot_every: Training time between snapshots, in ``unit``.
         unit: What training time counts, such as "steps", "samples" or "tokens".
         update_every: Least training time between updates; 0 updates at every call. Profiles stay exact.
-        start: Training time before which weights are not averaged.
+        start: Training time before which weights are not averaged. Uniform and corrected averages count from here
+            unless they name their own start.
+        profiles: More averages to keep, each a width or a text: ``"power:gamma=6.94"``,
+            ``"exponential:decay=0.9999"`` (per one unit of training time, whatever the rhythm of updates; also
+            ``halflife=7000`` or ``tau=10000``, then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``,
+            ``"uniform:start=75000"``.
 
     Raises:
-        TargetError: A width or a rhythm is impossible.
+        TargetError: A width, profile or rhythm is impossible, or an average is asked for twice.
         UnsupportedModel: A parameter cannot be mapped to local shards.
         ModelMismatch: The folder holds another model's run, or the ranks hold different models.
 
@@ -57,23 +62,23 @@ class PostHocEMA:
         self,
         model: Any,
         root: str | Path,
-        sigma_rels: Sequence[float] = (0.05, 0.10),
+        sigma_rels: Sequence[float] | None = None,
         snapshot_every: float = 1000,
         unit: str = "steps",
         *,
         update_every: float = 0,
         start: float = 0,
+        profiles: Sequence[str | float] = (),
     ) -> None:
         self.root = Path(root)
         self._model = model
         self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
-        self._targets = parse_targets(sigma_rels)
+        self._tracked = tracked_set(_asked(sigma_rels, profiles), self._schedule.start)
         self._backend, self._layout = agree(lambda: _mapped(model))
         check_cover(self._layout)
-        self._labels = _labels(self._targets)
         self._record, self._parent, stored = from_first(lambda: self._open_run(unit))
         self._session = from_first(lambda: uuid.uuid4().hex[:12])
-        self._averages = Averages(self._layout, len(self._targets))
+        self._averages = Averages(self._layout, len(self._tracked.targets))
         self._clock = Clock()
         self._resumed_at = 0.0
         self._unrestored = stored  # snapshots that this object has not continued from: time and folder
@@ -135,7 +140,7 @@ class PostHocEMA:
         """Have the model compute with an average; its own weights are back, bit for bit, on any exit.
 
         Args:
-            target: A tracked average, as a target: ``0.10`` or ``"power:gamma=6.94"``.
+            target: A tracked average, as a target: ``0.10`` or ``"exponential:decay=0.9999"``.
             sigma_rel: The same, as a width.
 
         Raises:
@@ -143,7 +148,7 @@ class PostHocEMA:
         """
         self._check_ready("swapped")
         self._averages.check_live()
-        index = self._tracked(parse_target(_one_of(target, sigma_rel)))
+        index = self._index(parse_target(_one_of(target, sigma_rel)))
         saved = [shard.local.clone() for shard in self._layout]
         self._busy = "the weights are swapped for an average"
         try:
@@ -207,7 +212,7 @@ class PostHocEMA:
 
     def _open_run(self, unit: str) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...]]:
         """The run's record, the session to continue and its snapshots; rank 0 makes the folder if need be."""
-        expected = run_record(uuid.uuid4().hex, unit, self._labels, self._layout)
+        expected = run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout)
         if not run_exists(self.root):
             create_run(self.root, expected)
             return expected, "", ()
@@ -221,15 +226,13 @@ class PostHocEMA:
             self._move_averages()
 
     def _move_averages(self) -> None:
-        self._averages.update_([self._weight(target) for target in self._targets])
-        self._clock = self._clock.after_update()
-
-    def _weight(self, target: Target) -> float:
-        if self._clock.start == math.inf:
-            return 1.0  # the first weights that are averaged are the average
-        profile = target.profile(self._clock.t, self._clock.start)
-        assert isinstance(profile, Power)
-        return step_weight(profile.gamma, self._clock.t, self._clock.t - self._clock.updated)
+        clock = self._clock
+        # The first weights that are averaged are the average.
+        weights = [1.0] * len(self._tracked.targets)
+        if clock.start < math.inf:
+            weights = self._tracked.entering(clock.start, clock.updated, clock.t)
+        self._averages.update_(weights)
+        self._clock = clock.after_update()
 
     def _write(self) -> Path:
         rank, size = rank_and_size()
@@ -260,16 +263,10 @@ class PostHocEMA:
                 self._folder = (t, folder)
         self._unrestored = ()
 
-    def _tracked(self, wanted: Target) -> int:
+    def _index(self, wanted: Target) -> int:
         if self._clock.start == math.inf:
             raise OrderError("swapped: nothing was averaged yet", hint="call update() after the first optimizer step")
-        label = _label(wanted)
-        if label not in self._record.averages:
-            raise OrderError(
-                f"swapped: {wanted.text} is not tracked; this run tracks {[target.text for target in self._targets]}",
-                hint="swap one of those, or rebuild the other from snapshots with reconstruct",
-            )
-        return self._record.averages.index(label)
+        return self._tracked.index(wanted)
 
     @torch.no_grad()
     def _put_back(self, saved: Sequence[Tensor]) -> None:
@@ -294,23 +291,15 @@ def _mapped(model: Any) -> tuple[Any, Any]:
     return backend, backend.shard_layout(model)
 
 
-def _label(target: Target) -> str:
-    """How a tracked average is recorded: by its exponent, which unlike a width is never rounded."""
-    profile = target.profile(1.0)
-    if not isinstance(profile, Power) or target.time is not None:
-        raise OrderError(
-            f"{target.text} is not a power average that can be tracked", hint="track widths such as 0.05 and 0.10"
-        )
-    return parse_target(f"power:gamma={profile.gamma!r}").text
-
-
-def _labels(targets: Sequence[Target]) -> tuple[str, ...]:
-    labels = tuple(map(_label, targets))
-    if len(set(labels)) < len(labels):
-        raise TargetError(
-            f"sigma_rels: two of {[target.text for target in targets]} are the same average", hint="name each once"
-        )
-    return labels
+def _asked(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) -> list[str | float]:
+    """All averages to keep."""
+    widths = sigma_rels if sigma_rels is not None else () if profiles else (0.05, 0.10)
+    for name, several in (("sigma_rels", widths), ("profiles", profiles)):
+        if isinstance(several, str) or not isinstance(several, Iterable):
+            raise TargetError(
+                f"{name}={several!r}: a list is expected", hint=f"write {name}=[{several!r}] for a single average"
+            )
+    return [*widths, *profiles]
 
 
 def _one_of(target: str | float | None, sigma_rel: float | None) -> str | float:

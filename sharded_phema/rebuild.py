@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from sharded_phema.errors import OutputError
 from sharded_phema.export import TensorFiles, byte_count, staged, tensor_files
 from sharded_phema.fit import Metric
+from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild, recipe_text
+from sharded_phema.select import Tolerance
+from sharded_phema.source import MovementWish
 from sharded_phema.store import open_run
-from sharded_phema.target import parse_targets
-from sharded_phema.world import agree, rank_and_size
+from sharded_phema.world import agree, from_first, rank_and_size
 
 __all__ = ["BLOCK", "Blocks", "reconstruct"]
 
@@ -48,10 +50,12 @@ class Blocks(Iterable[None]):
     def __iter__(self) -> Iterator[None]:
         rebuilt = _Sums(self._plan)
         for parameter, start, stop in self._mine:
-            values = rebuilt(parameter, start, stop)
+            choice = [output.choice[parameter] for output in self._plan.outputs]
+            targets = sorted(set(choice))
+            values = rebuilt(targets, parameter, start, stop)
             record, place = self._plan.run.record.parameters[parameter], self._files.places[parameter]
-            for folder, row in zip(self._folders, values, strict=True):
-                self._files.write(folder, record, place, start, row)
+            for folder, target in zip(self._folders, choice, strict=True):
+                self._files.write(folder, record, place, start, values[targets.index(target)])
             yield
 
 
@@ -64,19 +68,21 @@ class _Sums:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._weights = torch.from_numpy(plan.coefficients.T.copy())
         self._values = torch.empty(GROUP, BLOCK, dtype=torch.float64)
         self._sums = torch.empty(len(plan.targets), BLOCK, dtype=torch.float64)
 
-    def __call__(self, parameter: int, start: int, stop: int) -> NDArray[np.float64]:
-        """Elements ``[start, stop)`` of one flattened parameter of every target, valid until the next call."""
-        sums = self._sums[:, : stop - start].zero_()
-        for first in range(0, len(self._plan.sources), GROUP):
-            group = self._plan.sources[first : first + GROUP]
+    def __call__(self, targets: Sequence[int], parameter: int, start: int, stop: int) -> NDArray[np.float64]:
+        """Elements ``[start, stop)`` of one flattened parameter of some targets, valid until the next call."""
+        weights = self._plan.coefficients[:, targets]
+        used = np.flatnonzero(weights.any(axis=1))
+        sums = self._sums[: len(targets), : stop - start].zero_()
+        for first in range(0, len(used), GROUP):
+            group = used[first : first + GROUP]
             values = self._values[: len(group), : stop - start]
-            for row, source in zip(values, group, strict=True):
+            for row, i in zip(values, group, strict=True):
+                source = self._plan.sources[i]
                 row.copy_(torch.from_numpy(source.snapshot.read_flat(source.average, parameter, start, stop)))
-            sums.addmm_(self._weights[:, first : first + GROUP], values)
+            sums.addmm_(torch.from_numpy(weights[group].T.copy()), values)
         return sums.numpy()
 
 
@@ -93,14 +99,15 @@ def _one_thread() -> Iterator[None]:
 
 def reconstruct(
     root: str | Path,
-    targets: Sequence[str | float],
+    targets: Sequence[Wanted] | Mapping[str, str | float],
     *,
     out: str | Path,
     format: str = "safetensors",
     dtype: str = "float32",
     max_shard_size: str | int = "5GB",
-    tolerance: float = math.inf,
+    tolerance: Tolerance = "auto",
     metric: Metric = "trajectory",
+    movement: MovementWish = "measured",
     progress: Callable[[Iterable[T]], Iterable[T]] = iter,
 ) -> Plan:
     """Rebuild averages from a run's snapshots and write them, one folder a target.
@@ -110,13 +117,20 @@ def reconstruct(
 
     Args:
         root: Run folder.
-        targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``.
-        out: Folder to make; a subfolder per target holds ``model.safetensors`` and ``phema.json``.
+        targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``. A mapping of
+            patterns of parameter names to targets, such as ``{"*.attn.*": 0.05, "*": 0.12}``, is one target whose
+            tensors are rebuilt differently, alone or in the list; the first pattern that matches counts.
+        out: Folder to make; a subfolder per target (``per-tensor`` for a mapping) holds ``model.safetensors`` and
+            ``phema.json``.
         format: Only "safetensors": files, and an index where there are several, as Hugging Face reads them.
         dtype: "float32", "bfloat16" or "float16"; sums are rounded to it at the very end.
         max_shard_size: Limit of one file, such as "5GB".
-        tolerance: Largest forecast error, relative to |raw weights - target|, that is accepted.
-        metric: "trajectory", or "density" for the paper's own procedure.
+        tolerance: Largest forecast error, relative to |raw weights - target|; as few stored averages are read as
+            reach it, and it is an error if none do. "auto" takes 1e-3, or what rounding of the stored averages makes
+            if that is more, and rebuilds as well as it can; "exact" reads all.
+        metric: "trajectory", "density", or "paper" for the paper's own procedure.
+        movement: How fast weights moved when: "measured" from the norms that snapshots carry, "constant", or the
+            run's learning rate as a function of training time or as (times, rates).
         progress: Wraps the blocks of this process, to draw a bar.
 
     Returns:
@@ -128,10 +142,11 @@ def reconstruct(
     if format != "safetensors":
         raise OutputError(f"format: expected safetensors, found {format!r}", hint="leave format out")
     out = Path(out)
-    wanted, limit = parse_targets(targets), byte_count(max_shard_size)
-    plan = agree(lambda: plan_rebuild(open_run(root), wanted, tolerance=tolerance, metric=metric))
+    wanted, limit = parse_outputs(targets), byte_count(max_shard_size)
+    run = agree(lambda: open_run(root))
+    plan = plan_rebuild(run, wanted, tolerance=tolerance, metric=metric, movement=movement, once=from_first)
     files = tensor_files(plan.run.record.parameters, dtype, limit)
-    slugs = [planned.target.slug for planned in plan.targets]
+    slugs = [planned.output.slug for planned in plan.outputs]
 
     def create(stage: Path) -> None:
         for index, slug in enumerate(slugs):

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_phema.errors import ForecastError, StoreError, TargetError
+from sharded_phema.errors import ForecastError, TargetError
 from sharded_phema.fit import Fit, Metric, fit
+from sharded_phema.movement import Movement
+from sharded_phema.per_tensor import Output
 from sharded_phema.profile import Profile
-from sharded_phema.store import Run, Snapshot
-from sharded_phema.target import Target, parse_target
+from sharded_phema.select import Tolerance, select
+from sharded_phema.source import MovementWish, Source, movement_in, noise_of, sources_of
+from sharded_phema.store import Run
+from sharded_phema.target import Target
 
-__all__ = ["Plan", "PlannedTarget", "Source", "plan_rebuild", "recipe_text", "sources_of"]
+__all__ = ["Plan", "PlannedOutput", "PlannedTarget", "plan_rebuild", "recipe_text"]
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One stored average: which of the run's averages, and in which snapshot."""
-
-    snapshot: Snapshot
-    average: int
-
-    @property
-    def profile(self) -> Profile:
-        """What it averages."""
-        label = self.snapshot.record.averages[self.average]
-        return parse_target(label).profile(self.snapshot.t, self.snapshot.start)
+Array = NDArray[np.float64]
+Solution = tuple[tuple["PlannedTarget", ...], tuple["PlannedOutput", ...], Array]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTarget:
-    """A target, the training time at which it is rebuilt, and its fit to the sources of the plan."""
+    """A target, the training time at which it is rebuilt, and its fit to the sources."""
 
     target: Target
     t: float
@@ -44,57 +38,99 @@ class PlannedTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedOutput:
+    """One rebuilt model, and for each parameter the index of its target in the plan."""
+
+    output: Output
+    choice: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a reconstruction reads, and with which weights.
 
     Attributes:
         run: The run folder.
-        targets: What is rebuilt.
+        targets: What is rebuilt, each target once.
+        outputs: The models that are written.
         sources: Every stored average that some target uses, in order of time.
         coefficients: Weight of each source in each target, float64 of shape (sources, targets).
     """
 
     run: Run
     targets: tuple[PlannedTarget, ...]
+    outputs: tuple[PlannedOutput, ...]
     sources: tuple[Source, ...]
-    coefficients: NDArray[np.float64] = field(repr=False)
+    coefficients: Array = field(repr=False)
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of all sources, each read once whatever the number of targets."""
-        return 4 * len(self.sources) * self.run.numel
-
-
-def sources_of(run: Run) -> tuple[Source, ...]:
-    """Every stored average of a run, in order of time.
-
-    Raises:
-        StoreError: The run has no snapshots.
-    """
-    if not run.snapshots:
-        raise StoreError(
-            f"{run.root} holds no finished snapshot", hint="train past the first snapshot_every, or call ema.close()"
-        )
-    return tuple(Source(snapshot, k) for snapshot in run.snapshots for k in range(len(run.record.averages)))
+        """Bytes of the parameters of each source that some output uses, each read once."""
+        total = 0
+        for index, parameter in enumerate(self.run.record.parameters):
+            some = sorted({output.choice[index] for output in self.outputs})
+            total += 4 * math.prod(parameter.shape) * int(np.any(self.coefficients[:, some] != 0, axis=1).sum())
+        return total
 
 
 def plan_rebuild(
-    run: Run, targets: Sequence[Target], *, tolerance: float = math.inf, metric: Metric = "trajectory"
+    run: Run,
+    outputs: Sequence[Output],
+    *,
+    tolerance: Tolerance = "auto",
+    metric: Metric = "trajectory",
+    movement: MovementWish = "measured",
+    once: Callable[[Callable[[], Solution]], Solution] = lambda solve: solve(),
 ) -> Plan:
     """Decide which stored averages make up each target. Reads no tensors.
 
     Args:
         run: Where the averages are stored.
-        targets: What to rebuild. A target without a time is rebuilt at the last snapshot.
-        tolerance: Largest forecast error, relative to |raw weights - target|, that is accepted.
+        outputs: What to rebuild. A target without a time is rebuilt at the last snapshot.
+        tolerance: How many sources are read. A number: the fewest found whose forecast error, relative to
+            |raw weights - target|, is no larger. ``auto``: the same with 1e-3, or with what rounding of the stored
+            averages makes if that is more; never refused. ``exact``: all. The density metrics always use all.
         metric: Which error the coefficients minimise.
+        movement: How fast the weights moved at what time: ``measured`` takes it from the norms in the snapshots,
+            ``constant`` takes it as the same at all times; or the learning rate of the run, as a function of training
+            time or as (times, rates).
+        once: Runs the solve; several processes solve once and share, so that their plans agree to the last bit.
 
     Raises:
         StoreError: The run has no snapshots.
-        TargetError: A time lies before the first or after the last snapshot.
-        ForecastError: The forecast of a target is above the tolerance.
+        TargetError: A time lies before the first or after the last snapshot, or a parameter has no target.
+        ForecastError: The forecast of a target is above the tolerance, a number.
     """
+    planned, chosen, weights = once(lambda: _solution(run, outputs, tolerance, metric, movement))
+    used = np.flatnonzero(np.any(weights != 0, axis=1))
     pool = sources_of(run)
+    return Plan(run, planned, chosen, tuple(pool[i] for i in used), weights[used])
+
+
+def _solution(
+    run: Run, outputs: Sequence[Output], tolerance: Tolerance, metric: Metric, movement: MovementWish
+) -> Solution:
+    pool = sources_of(run)
+    names = [parameter.name for parameter in run.record.parameters]
+    choices = [output.choice(names) for output in outputs]
+    targets = tuple(dict.fromkeys(target for choice in choices for target in choice))
+    planned, weights = _fitted(run, pool, targets, tolerance, metric, movement_in(run, movement))
+    if isinstance(tolerance, float | int):
+        _check_tolerance(run, planned, tolerance)
+    place = {target: k for k, target in enumerate(targets)}
+    chosen = [PlannedOutput(o, tuple(place[t] for t in c)) for o, c in zip(outputs, choices, strict=True)]
+    return planned, tuple(chosen), weights
+
+
+def _fitted(
+    run: Run,
+    pool: Sequence[Source],
+    targets: Sequence[Target],
+    tolerance: Tolerance,
+    metric: Metric,
+    movement: Movement,
+) -> tuple[tuple[PlannedTarget, ...], Array]:
+    """Fits of the targets, those of one time together, and their coefficients, (pool, targets)."""
     times = [_time(run, target) for target in targets]
     profiles = [target.profile(t, run.snapshots[0].start) for target, t in zip(targets, times, strict=True)]
     fits: dict[int, Fit] = {}
@@ -104,13 +140,17 @@ def plan_rebuild(
         # The first snapshot at or after t closes the stretch in which the target's weights lie.
         horizon = min(snapshot.t for snapshot in run.snapshots if snapshot.t >= t)
         usable = [i for i, source in enumerate(pool) if source.snapshot.t <= horizon]
-        found = fit([pool[i].profile for i in usable], [profiles[k] for k in chosen], metric=metric)
+        sources, wanted = [pool[i].profile for i in usable], [profiles[k] for k in chosen]
+        known: dict[str, Any] = {"movement": movement, "noise": noise_of([pool[i] for i in usable], movement)}
+        if metric == "trajectory":
+            read = np.flatnonzero(np.any(weights[usable] != 0, axis=1)).tolist()
+            found = select(sources, wanted, tolerance=tolerance, keep=read, **known)
+        else:
+            found = fit(sources, wanted, metric=metric, **known)
         fits |= dict(zip(chosen, found, strict=True))
         weights[np.ix_(usable, chosen)] = np.stack([one.coefficients for one in found], axis=1)
     planned = tuple(PlannedTarget(targets[k], times[k], profiles[k], fits[k]) for k in range(len(targets)))
-    _check_tolerance(run, planned, tolerance)
-    used = np.flatnonzero(np.any(weights != 0, axis=1))
-    return Plan(run, planned, tuple(pool[i] for i in used), weights[used])
+    return planned, weights
 
 
 def _time(run: Run, target: Target) -> float:
@@ -139,28 +179,29 @@ def _check_tolerance(run: Run, planned: Sequence[PlannedTarget], tolerance: floa
 
 def recipe_text(plan: Plan, index: int, dtype: str, metric: str) -> str:
     """JSON of what one output folder holds and how it was made."""
-    planned, record = plan.targets[index], plan.run.record
-    sources = [
-        {"t": s.snapshot.t, "average": record.averages[s.average], "coefficient": float(c)}
-        for s, c in zip(plan.sources, plan.coefficients[:, index], strict=True)
-        if c != 0
-    ]
-    return (
-        json.dumps(
-            {
-                "format": "sharded_phema rebuilt average",
-                "version": 1,
-                "run": record.run,
-                "target": planned.target.text,
-                "t": planned.t,
-                "unit": record.unit,
-                "dtype": dtype,
-                "metric": metric,
-                "forecast": planned.fit.forecast,
-                "noise_gain": planned.fit.noise_gain,
-                "sources": sources,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    output, record = plan.outputs[index], plan.run.record
+    head = {"format": "sharded_phema rebuilt average", "version": 1, "run": record.run, "unit": record.unit}
+    parts = {k: _recipe(plan, k) for k in dict.fromkeys(output.choice)}
+    facts = {"dtype": dtype, "metric": metric}
+    if output.output.uniform and parts:
+        return json.dumps(head | facts | next(iter(parts.values())), indent=1) + "\n"
+    patterns = {pattern: target.text for pattern, target in output.output.patterns}
+    whole = head | facts | {"patterns": patterns, "targets": list(parts.values())}
+    return json.dumps(whole, indent=1) + "\n"
+
+
+def _recipe(plan: Plan, target: int) -> dict[str, Any]:
+    planned, averages = plan.targets[target], plan.run.record.averages
+    return {
+        "target": planned.target.text,
+        "t": planned.t,
+        "forecast": planned.fit.forecast,
+        "fit_part": planned.fit.fit_part,
+        "rounding_part": planned.fit.rounding_part,
+        "noise_gain": planned.fit.noise_gain,
+        "sources": [
+            {"t": s.snapshot.t, "average": averages[s.average], "coefficient": float(c)}
+            for s, c in zip(plan.sources, plan.coefficients[:, target], strict=True)
+            if c != 0
+        ],
+    }

@@ -78,7 +78,7 @@ def _check_keys(where: str, expected: set[str], found: set[str]) -> None:
     if expected != found:
         raise ModelMismatch(
             f"{where}: expected also {sorted(expected - found)[:3]}, found unexpected {sorted(found - expected)[:3]}",
-            hint="load the state into a PostHocEMA of the same model with the same sigma_rels",
+            hint="load the state into a PostHocEMA of the same model with the same averages",
         )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sharded_phema.forecast import Outlook
-from sharded_phema.profile import Power
-from sharded_phema.recipe import Plan
+from sharded_phema.recipe import Plan, PlannedTarget
+from sharded_phema.recommend import Recommendation
 from sharded_phema.store import Run
 from sharded_phema.target import Target, parse_target
 from sharded_phema.width import sigma_rel_of
@@ -58,13 +60,18 @@ def show_info(run: Run, *, as_json: bool) -> None:
 
 
 def _average(label: str) -> str:
-    profile = parse_target(label).profile(1.0)
-    assert isinstance(profile, Power)
-    return f"sigma_rel {float(sigma_rel_of(profile.gamma)):.4g} ({label})"
+    target = parse_target(label)
+    if target.kind == "exponential":
+        return f"half-life {target.amount * math.log(2.0):.4g} ({label})"
+    if target.kind == "power" and target.amount > 0.0:
+        return f"sigma_rel {sigma_rel_of(target.amount):.4g} ({label})"
+    return f"running mean ({label})"
 
 
-def show_outlooks(outlooks: Sequence[Outlook], targets: Sequence[Target], *, as_json: bool) -> None:
-    """Forecasts by target and number of snapshots, and the disk that each number takes."""
+def show_outlooks(
+    outlooks: Sequence[Outlook], targets: Sequence[Target], recommended: Sequence[Recommendation], *, as_json: bool
+) -> None:
+    """Forecasts by target and number of snapshots, the disk that each number takes, and what is recommended."""
     if as_json:
         plans = [
             {
@@ -74,7 +81,7 @@ def show_outlooks(outlooks: Sequence[Outlook], targets: Sequence[Target], *, as_
             }
             for plan in outlooks
         ]
-        _print_json({"plans": plans})
+        _print_json({"plans": plans, "recommended": [asdict(plan) for plan in recommended]})
         return
     table = Table(
         "target",
@@ -85,22 +92,43 @@ def show_outlooks(outlooks: Sequence[Outlook], targets: Sequence[Target], *, as_
         table.add_row(target.text, *(_error(plan.forecasts[k]) for plan in outlooks))
     table.add_section()
     table.add_row("disk", *(size_text(plan.size) for plan in outlooks))
-    _print(table)
+    _print(table, *([_recommended(recommended)] if recommended else []))
+
+
+def _recommended(plans: Sequence[Recommendation]) -> Table:
+    columns = ("dtype", "sigma_rels", "snapshots", "snapshot_every", "disk", "largest error")
+    table = Table(*columns, title="recommended, evenly spaced, least disk first")
+    for plan in plans:
+        widths = ", ".join(map(str, plan.widths))
+        row = (plan.dtype, widths, str(plan.snapshots), f"{plan.snapshot_every:g}", size_text(plan.size))
+        table.add_row(*row, _error(max(plan.forecasts)))
+    return table
 
 
 def show_rebuilt(plan: Plan, out: str, *, as_json: bool) -> None:
     """What was rebuilt, with which forecast."""
-    rows = [(p.target.text, p.t, p.fit.forecast, p.fit.noise_gain, f"{out}/{p.target.slug}") for p in plan.targets]
+    keys = ("target", "t", "forecast", "fit_part", "rounding_part", "noise_gain", "folder")
+    rows = [
+        (p.target.text, p.t, p.fit.forecast, p.fit.fit_part, p.fit.rounding_part, p.fit.noise_gain, f"{out}/{slug}")
+        for slug, p in _rebuilt(plan)
+    ]
     if as_json:
-        keys = ("target", "t", "forecast", "noise_gain", "folder")
         read = {"sources": len(plan.sources), "bytes_read": plan.bytes_to_read}
         _print_json(read | {"targets": [dict(zip(keys, row, strict=True)) for row in rows]})
         return
     title = f"rebuilt from {len(plan.sources)} stored averages, {size_text(plan.bytes_to_read)} read"
-    table = Table("target", plan.run.record.unit, "forecast error", "sum of |c|", "folder", title=title)
-    for text, t, error, gain, folder in rows:
-        table.add_row(text, f"{t:.17g}", _error(error), f"{gain:.3g}", folder)
+    columns = ("target", plan.run.record.unit, "forecast error", "of the fit", "of rounding", "sum of |c|", "folder")
+    table = Table(*columns, title=title)
+    for text, t, error, fit, rounding, gain, folder in rows:
+        table.add_row(text, f"{t:.17g}", _error(error), f"{fit:.1e}", f"{rounding:.1e}", f"{gain:.3g}", folder)
     _print(table)
+
+
+def _rebuilt(plan: Plan) -> Iterator[tuple[str, PlannedTarget]]:
+    """Each folder with each target that some of its parameters have."""
+    for planned in plan.outputs:
+        for index in dict.fromkeys(planned.choice):
+            yield planned.output.slug, plan.targets[index]
 
 
 def _error(forecast: float) -> str:

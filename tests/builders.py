@@ -133,9 +133,9 @@ def numbers(shapes: Sequence[tuple[int, ...]], seed: int) -> list[np.ndarray]:
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def new_run(root: Path, division: Division, run: str = "run") -> RunRecord:
-    """Make the folder of a run that tracks LABELS."""
-    record = RunRecord(run, "steps", LABELS, division.parameters)
+def new_run(root: Path, division: Division, run: str = "run", labels: Sequence[str] = LABELS) -> RunRecord:
+    """Make the folder of a run that tracks some averages."""
+    record = RunRecord(run, "steps", tuple(labels), division.parameters)
     create_run(root, record)
     return record
 

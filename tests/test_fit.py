@@ -16,10 +16,13 @@ from scipy.integrate import quad
 from sharded_phema import fit as fit_module
 from sharded_phema.errors import ForecastError, TargetError
 from sharded_phema.fit import fit
-from sharded_phema.profile import Checkpoint, Decay, Exponential, Power, Uniform
+from sharded_phema.movement import STEADY, movement_of
+from sharded_phema.profile import Checkpoint, Decay, Exponential, Mixture, Power, Ramped, Tabulated, Uniform
 from sharded_phema.width import gamma_of, step_weight
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "fit.json").read_text())["cases"]
+DATA = Path(__file__).parent / "data"
+GOLDEN = json.loads((DATA / "fit.json").read_text())["cases"]
+LARGE = json.loads((DATA / "fit_256.json").read_text())
 
 
 def stored(times, widths=(0.05, 0.10)):
@@ -43,6 +46,9 @@ def profiles(draw, steepest=100.0):
                 Checkpoint(t),
                 Decay("cosine", start, t),
                 Decay("sqrt", start, t),
+                Ramped(t / steepness, 0.1, t, start),
+                Tabulated((start, 0.5 * (start + t), t), (0.1, draw(st.floats(0.1, 1.0)), 1.0)),
+                Mixture((0.25, 0.75), (Power(steepness, t, start), Uniform(start, t))),
             ]
         )
     )
@@ -64,7 +70,7 @@ def test_coefficients_and_forecast_match_60_digits(case):
     # two snapshots are 1501 / 1500 apart (coefficients of 4e7). The residual is a minimum and hardly feels it.
     apart = min(np.diff(case["times"])) > 1
     loss, loss_of_error = (1e-12, 1e-11) if apart else (1e-3, 1e-6)
-    for metric, key in (("trajectory", "trajectory"), ("density", "density_then_divide")):
+    for metric, key in (("trajectory", "trajectory"), ("paper", "density_then_divide")):
         golden = case[key]
         (found,) = fit(sources, [target], metric=metric)
         size = np.abs(golden["coefficients"]).max()
@@ -73,6 +79,19 @@ def test_coefficients_and_forecast_match_60_digits(case):
         assert found.rank == len(sources)
         if metric == "trajectory":
             assert found.forecast == pytest.approx(golden["forecast_relative_to_raw"], rel=loss_of_error)
+
+
+@pytest.mark.parametrize("case", LARGE["cases"], ids=lambda c: c["target_sigma_rel"])
+def test_256_sources_match_100_digits(case):
+    # The loss in the coefficients is the design's condition number, 1e4 here, times 1e-16; the error, down to 2e-7, is
+    # a residual with rounding of 1e-17.
+    sources = stored([i / 128 for i in range(1, 129)], LARGE["sigma_rels"])
+    (found,) = fit(sources, [Power(gamma_of(float(case["target_sigma_rel"])), 1.0)])
+    np.testing.assert_allclose(found.coefficients, case["coefficients"], rtol=0, atol=1e-11)
+    assert found.error == pytest.approx(case["error"], rel=1e-9)
+    assert found.forecast == pytest.approx(case["forecast"], rel=1e-9)
+    assert found.coefficients.sum() == pytest.approx(1.0, abs=1e-12)
+    assert found.rank == 256
 
 
 @given(powers, powers)
@@ -120,7 +139,7 @@ def test_coefficients_sum_to_1_and_never_lose_to_the_best_single_source(sources,
 
 
 @settings(max_examples=30)
-@given(st.floats(1e-3, 1e9), st.sampled_from(["trajectory", "density"]))
+@given(st.floats(1e-3, 1e9), st.sampled_from(["trajectory", "density", "paper"]))
 def test_the_unit_of_time_changes_nothing(factor, metric):
     # Rounding of the scaled times, 1e-16, grows with the condition number, about 1e3 here.
     sources, target = stored([1, 2, 3, 4, 5]), Power(2.0, 5.0)
@@ -139,7 +158,7 @@ def test_targets_solved_together_are_those_solved_alone():
         np.testing.assert_allclose(together.coefficients, alone.coefficients, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("metric", ["trajectory", "density"])
+@pytest.mark.parametrize("metric", ["trajectory", "density", "paper"])
 def test_a_stored_average_is_answered_by_itself(metric):
     sources = stored(range(1, 65))
     for i, found in zip((0, 77, 127), fit(sources, [sources[i] for i in (0, 77, 127)], metric=metric), strict=True):
@@ -183,6 +202,115 @@ def test_raw_checkpoints_are_weighed_as_points_of_straight_lines(times, shape):
         edges = np.unique([0.0, target.start, *times])
         pieces = [quad(weighed, lo, hi)[0] for lo, hi in itertools.pairwise(edges)]
         assert coefficient == pytest.approx(sum(pieces), abs=1e-8)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(profiles(), min_size=1, max_size=8, unique=True),
+    profiles(),
+    st.sampled_from([0.0, 1e-12, 1e-6, 1e-2]),
+)
+def test_coefficients_sum_to_one(sources, target, noise):
+    (found,) = fit(sources, [target], noise=noise)
+    assert found.coefficients.sum() == pytest.approx(1.0, abs=1e-12 * found.noise_gain)
+
+
+@pytest.mark.parametrize("width", [0.03, 0.12, 0.25])
+def test_the_density_metric_sums_to_one_by_constraint_and_the_paper_by_division(width):
+    # Oracle: the free minimum is no larger than the constrained one, which is no larger than any other of sum 1.
+    sources, target = stored([1, 2, 3, 4, 5]), Power(gamma_of(width), 5.0)
+    (found,), (paper,) = fit(sources, [target], metric="density"), fit(sources, [target], metric="paper")
+    for one in (found, paper):
+        assert one.coefficients.sum() == pytest.approx(1.0, abs=1e-12 * one.noise_gain)
+    assert found.error <= paper.error * (1 + 1e-9)
+    c = np.append(found.coefficients, -1.0)
+    everything = [*sources, target]
+    gram = np.array([[oracles.density_product(a, b) * 5.0 for b in everything] for a in everything])
+    gradient = (gram @ c)[:-1]
+    np.testing.assert_allclose(gradient, gradient.mean(), rtol=0, atol=1e-9 * np.abs(gram).max())
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0.05, 1.0), min_size=2, max_size=4), st.sampled_from([1e-8, 1e-3, 0.1]))
+def test_noise_makes_the_expected_error_smallest_and_is_told_apart(scales, noise):
+    # Oracle: the normal equations of  integral + sum of noise c^2, in closed form, with the constraint bordered.
+    sources, target = stored([1, 2, 3, 4])[: 2 * len(scales)], Power(gamma_of(0.15), 4.0)
+    shares = [noise * scale for scale in scales for _ in range(2)]
+    (found,) = fit(sources, [target], noise=shares)
+    gram = np.array([[float(oracles.overlap(a, b)) for b in sources] for a in sources]) + np.diag(shares)
+    right = np.array([float(oracles.overlap(a, target)) for a in sources])
+    n = len(sources)
+    system = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    expected = np.linalg.solve(system, np.append(right, 1.0))[:n]
+    np.testing.assert_allclose(found.coefficients, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    raw = math.sqrt(float(4.0 / (2 * target.gamma + 3)))
+    assert found.fit_part == pytest.approx(oracles.distance(found.coefficients, sources, target) / raw, rel=1e-6)
+    assert found.rounding_part == pytest.approx(math.sqrt(np.dot(shares, found.coefficients**2)) / raw, rel=1e-9)
+    assert found.forecast == pytest.approx(math.hypot(found.fit_part, found.rounding_part))
+
+
+def test_a_noisy_source_is_avoided():
+    sources, target = stored([3, 4, 5, 6, 7, 8]), Power(gamma_of(0.03), 8.0)
+    (free,) = fit(sources, [target])
+    (quiet,) = fit(sources, [target], noise=1e-3)
+    assert quiet.noise_gain < 0.7 * free.noise_gain
+    assert quiet.fit_part > free.fit_part
+    assert quiet.forecast < fit_with(free.coefficients, sources, target, 1e-3)
+
+
+def fit_with(coefficients, sources, target, noise):
+    raw = math.sqrt(float(target.t / (2 * target.gamma + 3)))
+    error = oracles.distance(coefficients, sources, target)
+    return math.sqrt(error**2 + noise * np.square(coefficients).sum()) / raw
+
+
+@settings(max_examples=30)
+@given(st.floats(0.1, 3.0), st.sampled_from([0.05, 0.12, 0.22]))
+def test_movement_is_a_change_of_clock(power, width):
+    # Oracle: with s(tau)^2 dtau = du the problem is the constant one in the clock u. A rate ~ tau^p runs the clock as
+    # tau^(2 p + 1), and a power profile in tau is one in u.
+    clock = 2.0 * power + 1.0
+    movement = movement_of(lambda t: t**power, 4.0)
+    sources, target = stored([1, 2, 3, 4]), Power(gamma_of(width), 4.0)
+    (found,) = fit(sources, [target], movement=movement)
+    turned = [Power((p.gamma + 1) / clock - 1, p.t**clock) for p in [*sources, target] if p.gamma + 1 >= clock]
+    assume(len(turned) == len(sources) + 1)
+    (expected,) = fit(turned[:-1], turned[-1:])
+    # The rate is followed by straight lines to 1e-3.
+    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=0, atol=0.02 * expected.noise_gain)
+    assert found.forecast == pytest.approx(expected.forecast, rel=0.05)
+
+
+def test_a_constant_rate_changes_nothing():
+    sources, target = stored([1, 2, 3, 4]), Power(gamma_of(0.15), 4.0)
+    (plain,) = fit(sources, [target])
+    for rate in (lambda t: 3e-4, ([1.0], [5.0]), ([0.0, 4.0], [0.1, 0.1])):
+        (found,) = fit(sources, [target], movement=movement_of(rate, 4.0))
+        np.testing.assert_allclose(found.coefficients, plain.coefficients, rtol=0, atol=1e-10)
+        assert found.forecast == pytest.approx(plain.forecast, rel=1e-9)
+
+
+def test_the_forecast_knows_the_movement_of_a_random_walk_that_slows_down():
+    # Oracle: as below, with steps that shrink as a cosine decay, averages tracked step by step.
+    rng = np.random.default_rng(3)
+    rate = [0.5 * (1 + math.cos(math.pi * step / 500)) for step in range(501)]
+    widths = [gamma_of(0.05), gamma_of(0.10), gamma_of(0.20)]
+    averages, walk, snapshots = np.zeros((3, 4000)), np.zeros(4000), []
+    for step in range(1, 501):
+        walk = walk + rate[step - 1] * rng.standard_normal(4000)
+        for average, gamma in zip(averages, widths, strict=True):
+            average += step_weight(gamma, float(step), 1.0) * (walk - average)
+        if step % 125 == 0:
+            snapshots += list(averages[:2].copy())
+    sources = [Power(gamma, float(t)) for t in (125, 250, 375, 500) for gamma in widths[:2]]
+    errors = []
+    for movement in (movement_of((list(range(501)), rate), 500.0), STEADY):
+        (found,) = fit(sources, [Power(widths[2], 500.0)], movement=movement)
+        rebuilt = found.coefficients @ np.array(snapshots)
+        errors.append(np.linalg.norm(rebuilt - averages[2]) / np.linalg.norm(walk - averages[2]))
+        if movement is not STEADY:
+            assert errors[0] == pytest.approx(found.forecast, rel=0.05)
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_the_forecast_is_the_error_measured_on_a_random_walk():
@@ -252,7 +380,7 @@ class Broken:
         (TargetError, ([Power(1, 1)], [Exponential(1.0, 1)]), "density", "it jumps"),
         (TargetError, ([Power(1, 1, 0.5)], [Power(2, 1)]), "density", "it jumps"),
         (TargetError, ([Power(1, 1)], [Decay("sqrt", 0.5, 1)]), "density", "it has a density without a finite square"),
-        (ForecastError, ([Uniform(0, 0.5)], [Uniform(0.5, 1)]), "density", "coefficients that sum to 0"),
+        (ForecastError, ([Uniform(0, 0.5)], [Uniform(0.5, 1)]), "paper", "coefficients that sum to 0"),
         (ForecastError, ([Broken()], [Power(2, 1)]), "trajectory", "a profile is not finite"),
     ],
 )

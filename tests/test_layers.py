@@ -9,19 +9,36 @@ import pytest
 
 LAYERS = [
     {"errors"},
-    {"width", "layout", "schedule", "world"},
+    {"width", "layout", "movement", "rounding", "schedule", "spelling", "world"},
     {"profile"},
-    {"fit", "target", "manifest", "kernels", "backends"},
-    {"averages"},
-    {"store", "forecast"},
-    {"export", "identity", "recipe", "state"},
+    {"quadrature", "target", "manifest", "kernels", "backends"},
+    {"fit", "averages", "per_tensor", "tracked"},
+    {"select", "store"},
+    {"export", "forecast", "identity", "source", "state"},
+    {"recipe", "recommend"},
     {"posthoc", "rebuild"},
     {"plot", "tables", "integrations"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ["errors", "fit", "layout", "manifest", "profile", "schedule", "target", "width"]
+TORCH_FREE = [
+    "errors",
+    "fit",
+    "layout",
+    "manifest",
+    "movement",
+    "per_tensor",
+    "profile",
+    "quadrature",
+    "rounding",
+    "schedule",
+    "select",
+    "spelling",
+    "target",
+    "tracked",
+    "width",
+]
 PACKAGE = Path(__file__).parents[1] / "sharded_phema"
 FILES = sorted(PACKAGE.rglob("*.py"))
 BACKENDS = [file for file in FILES if file.parent.name == "backends" and file.name != "__init__.py"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +49,16 @@ class Snapshot:
     def size(self) -> int:
         """Bytes of its tensor files."""
         return sum(part.size for part in self.parts)
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """Squared norm of each average over the whole model; empty where numbers are not finite."""
+        return _added([part.norms for part in self.parts])
+
+    @property
+    def gaps(self) -> tuple[float, ...]:
+        """Squared norm of the difference of each pair of averages, in the order of ``itertools.combinations``."""
+        return _added([part.gaps for part in self.parts])
 
     def read_box(self, average: int, parameter: int, box: Box) -> NDArray[np.float32]:
         """One box of one parameter of one average, read from the ranks that stored parts of it.
@@ -98,6 +110,11 @@ class Snapshot:
                 hint="the file was swapped or is stale; restore it from a backup",
             )
         return _cut(path, begin, stored, shared)
+
+
+def _added(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Sums over ranks; empty where a rank has none."""
+    return tuple(math.fsum(values) for values in zip(*parts, strict=True)) if all(parts) else ()
 
 
 def _within(outer: Box, inner: Box) -> tuple[slice, ...]:

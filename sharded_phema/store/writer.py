@@ -25,6 +25,7 @@ from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord, SessionR
 from sharded_phema.store import names
 from sharded_phema.store.boxes import BoxTensor
 from sharded_phema.store.files import place, write_text
+from sharded_phema.store.norms import squared_norms
 
 __all__ = ["create_run", "start_session", "write_snapshot"]
 
@@ -56,7 +57,7 @@ def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLay
 
     Args:
         root: Run folder.
-        part: Who writes what, and when; its size is found here.
+        part: Who writes what, and when; its size and norms are found here.
         averages: For each label of the run's record the average's shards; only first replicas are stored.
 
     Returns:
@@ -66,6 +67,8 @@ def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLay
         StoreError: A file exists already or cannot be written.
     """
     folder = names.snapshot_folder(root, part.session, part.snapshot)
+    norms, gaps = squared_norms(tuple(averages.values()))
+    part = replace(part, norms=norms, gaps=gaps)
     state = {
         names.tensor_name(label, shard.name): BoxTensor.of(shard)
         for label, layout in averages.items()
