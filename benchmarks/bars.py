@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from measure import FREE, GAPS, OURS, PAPER, PLAIN, RATED, Case
+from measure import FREE, OURS, PAPER, PLAIN, RATED, STEADY, Case
 from sparse import SparseCase
 from trainings import TRAININGS
 
@@ -37,13 +37,13 @@ class Bar:
 def bars(cases: Sequence[Case], sparse: Sequence[SparseCase]) -> list[Bar]:
     """Every bar, in the order of the benchmark's promises."""
     found = []
-    for method in (OURS, GAPS, RATED):
+    for method in (OURS, STEADY, RATED):
         found += [_never_worse(cases, method), *_gains(cases, method)]
-    for method in (OURS, GAPS, RATED):
+    for method in (OURS, STEADY, RATED):
         found += _forecasts(cases, method)
     found.append(_beside("float32", OURS, FREE, cases))
     for storage in ("float16", "bfloat16"):
-        found += [_beside(storage, OURS, other, cases) for other in (PAPER, PLAIN)]
+        found += [_beside(storage, OURS, other, cases) for other in (PAPER, PLAIN, STEADY)]
     single = [case for case in sparse if case.target != "all"]
     groups: dict[tuple[str, int, float], list[SparseCase]] = {}
     for case in single:

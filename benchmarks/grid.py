@@ -8,7 +8,7 @@ from sharded_phema.profile import Checkpoint, Profile
 from sharded_phema.schedule import snapshot_times
 from sharded_phema.target import Target, parse_targets
 
-__all__ = ["FULL", "QUICK", "Grid"]
+__all__ = ["FULL", "QUICK", "TRACKED", "Grid"]
 
 TRACKED = parse_targets([0.05, 0.10])
 """Averages that every snapshot holds, as in the paper."""

@@ -6,34 +6,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluation import STORAGE, Bench
-from gaps import movement_of_gaps, squared_gaps, squared_movement
 from grid import Grid
 from methods import Choice, constrained, mean_of_window, published, unconstrained
-from sharded_phema.movement import STEADY, Movement, movement_of
+from records import noise_shares, run_of
+from sharded_phema.movement import Movement
 from sharded_phema.profile import Profile
-from sharded_phema.rounding import rounding_noise
+from sharded_phema.source import movement_in
+from sharded_phema.store import Run
 from trainings import Training, constant
 
 __all__ = [
     "FIT",
     "FREE",
-    "GAPS",
     "MEAN",
     "OURS",
     "PAPER",
     "PLAIN",
     "RATED",
+    "STEADY",
     "Case",
     "measured",
     "movements",
-    "noise_shares",
     "noiseless_choices",
 ]
 
-OURS, GAPS, RATED, PLAIN = "ours", "ours, movement measured", "ours, rate given", "ours, no noise term"
+OURS, STEADY, RATED, PLAIN = "ours", "ours, movement constant", "ours, rate given", "ours, constant, no noise"
 PAPER, FREE = "paper", "unconstrained"
 FIT, MEAN = "checkpoints, best fit", "checkpoints, mean"
 
@@ -88,28 +87,21 @@ def measured(training: Training, bench: Bench, grid: Grid, choices: Choices) -> 
         for storage in ("float32",) if raw else STORAGE:
             yield from _compared(training, bench, grid, (method, count, storage), sources, choice)
     for count in grid.snapshots:
-        sources = grid.averages(count)
-        for method, movement in movements(training, bench, sources).items():
+        run, sources = run_of(bench, grid, count), grid.averages(count)
+        for method, movement in movements(training, run).items():
             for storage in STORAGE:
-                noise = noise_shares(bench, sources, storage, movement)
+                noise = noise_shares(run, storage, movement).tolist()
                 choice = constrained(sources, grid.wanted(grid.targets), noise=noise, movement=movement)
                 yield from _compared(training, bench, grid, (method, count, storage), sources, choice)
 
 
-def movements(training: Training, bench: Bench, sources: Sequence[Profile]) -> dict[str, Movement]:
-    """What each of our methods takes for the movement of the weights."""
-    end = sources[-1].t
-    found = {OURS: STEADY, GAPS: movement_of_gaps(squared_gaps(bench.stored(sources, "float32")), sources)}
+def movements(training: Training, run: Run) -> dict[str, Movement]:
+    """What each of our methods takes for the movement of the weights; the package's default first."""
+    end = run.snapshots[-1].t
+    found = {OURS: movement_in(run, "measured"), STEADY: movement_in(run, "constant")}
     if training.rate is not constant:
-        found[RATED] = movement_of(lambda t: training.rate(t / end), end)
+        found[RATED] = movement_in(run, lambda t: training.rate(t / end))
     return found
-
-
-def noise_shares(bench: Bench, sources: Sequence[Profile], storage: str, movement: Movement) -> NDArray[np.float64]:
-    """Rounding noise of every source over the squared movement in a unit of time, as a run's records tell them."""
-    averages = bench.stored(sources, "float32")
-    noise = [rounding_noise(storage, float(average @ average)) for average in averages]
-    return np.array(noise) / squared_movement(squared_gaps(averages), sources, movement)
 
 
 def _compared(

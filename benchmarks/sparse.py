@@ -9,7 +9,8 @@ import numpy as np
 
 from evaluation import Bench
 from grid import Grid
-from measure import movements, noise_shares
+from measure import movements
+from records import noise_shares, run_of
 from sharded_phema.select import select
 from trainings import Training
 
@@ -49,8 +50,9 @@ def sparse_cases(training: Training, bench: Bench, grid: Grid, count: int) -> It
     stored = bench.stored(sources, _STORAGE)
     groups = [(target.text, [profile]) for target, profile in zip(grid.sparse_targets, wanted, strict=True)]
     groups.append(("all", wanted))
-    for method, movement in movements(training, bench, sources).items():
-        noise = noise_shares(bench, sources, _STORAGE, movement)
+    run = run_of(bench, grid, count)
+    for method, movement in movements(training, run).items():
+        noise = noise_shares(run, _STORAGE, movement).tolist()
         for tolerance in grid.tolerances:
             for text, profiles in groups:
                 fits = select(sources, profiles, tolerance=tolerance, movement=movement, noise=noise)
