@@ -111,8 +111,9 @@ def reconstruct(
     tolerance: Tolerance = "auto",
     metric: Annotated[Metric, typer.Option(help="trajectory, density, or paper for its own procedure.")] = "trajectory",
     movement: Annotated[
-        Literal["measured", "constant"], typer.Option(help="How fast weights moved when.")
-    ] = "measured",
+        Literal["auto", "measured", "constant"],
+        typer.Option(help="How fast weights moved when; auto: constant unless they all but stopped."),
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Rebuild averages of any length from stored snapshots; under torchrun, each process its own part."""

@@ -107,7 +107,7 @@ def reconstruct(
     max_shard_size: str | int = "5GB",
     tolerance: Tolerance = "auto",
     metric: Metric = "trajectory",
-    movement: MovementWish = "measured",
+    movement: MovementWish = "auto",
     progress: Callable[[Iterable[T]], Iterable[T]] = iter,
 ) -> Plan:
     """Rebuild averages from a run's snapshots and write them, one folder a target.
@@ -129,8 +129,9 @@ def reconstruct(
             reach it, and it is an error if none do. "auto" takes 1e-3, or what rounding of the stored averages makes
             if that is more, and rebuilds as well as it can; "exact" reads all.
         metric: "trajectory", "density", or "paper" for the paper's own procedure.
-        movement: How fast weights moved when: "measured" from the norms that snapshots carry, "constant", or the
-            run's learning rate as a function of training time or as (times, rates).
+        movement: How fast weights moved when: "measured" from the norms that snapshots carry, "constant", "auto"
+            (constant, unless the norms tell that the weights all but stopped at the end), or the run's learning
+            rate as a function of training time or as (times, rates).
         progress: Wraps the blocks of this process, to draw a bar.
 
     Returns:

@@ -79,7 +79,7 @@ def plan_rebuild(
     *,
     tolerance: Tolerance = "auto",
     metric: Metric = "trajectory",
-    movement: MovementWish = "measured",
+    movement: MovementWish = "auto",
     once: Callable[[Callable[[], Solution]], Solution] = lambda solve: solve(),
 ) -> Plan:
     """Decide which stored averages make up each target. Reads no tensors.
@@ -92,8 +92,8 @@ def plan_rebuild(
             averages makes if that is more; never refused. ``exact``: all. The density metrics always use all.
         metric: Which error the coefficients minimise.
         movement: How fast the weights moved at what time: ``measured`` takes it from the norms in the snapshots,
-            ``constant`` takes it as the same at all times; or the learning rate of the run, as a function of training
-            time or as (times, rates).
+            ``constant`` takes it as the same at all times, ``auto`` as the same unless they all but stopped at the
+            end; or the learning rate of the run, as a function of training time or as (times, rates).
         once: Runs the solve; several processes solve once and share, so that their plans agree to the last bit.
 
     Raises:

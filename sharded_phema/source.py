@@ -20,12 +20,14 @@ from sharded_phema.target import parse_target
 
 __all__ = ["MovementWish", "Source", "movement_in", "movement_per_time", "noise_of", "sources_of"]
 
-MovementWish = Rate | Literal["measured", "constant"]
+MovementWish = Rate | Literal["auto", "measured", "constant"]
 """A learning rate, or where the movement of the weights is taken from."""
 
 _STORED = "float32"
 # The rate at the end is at least this share of the last one measured.
 _LEAST = 0.02
+# Weights that end slower than this share of their fastest are not taken for a steady walk.
+_SLOW = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,10 @@ def sources_of(run: Run) -> tuple[Source, ...]:
 def movement_in(run: Run, wish: MovementWish) -> Movement:
     """How fast the weights of a run moved, relative to the most: as its snapshots tell, as its learning rate, or alike.
 
+    ``auto`` takes the weights for a steady walk unless the snapshots tell that they all but stopped, as they do when
+    the learning rate falls to 0: then it is as measured. A steady walk needs fewer sources and is nearly as good where
+    the rate stays; where weights stop, it expects far too much of the distance to the raw weights.
+
     What snapshots tell is the movement at the time that the gap between their averages looks at. Between these times
     lie straight lines; from the last one to the end of the run the line of the last two goes on, not below a fiftieth.
 
@@ -67,13 +73,19 @@ def movement_in(run: Run, wish: MovementWish) -> Movement:
     end = run.snapshots[-1].t
     if wish == "constant":
         return STEADY
-    if wish != "measured":
+    if wish not in ("auto", "measured"):
         if isinstance(wish, str):
             raise TargetError(
-                f"movement: expected measured, constant or a learning rate, found {wish!r}",
+                f"movement: expected auto, measured, constant or a learning rate, found {wish!r}",
                 hint="a learning rate is a function of training time, or (times, rates)",
             )
         return movement_of(wish, end)
+    measured = _measured(run, end)
+    steady = wish == "auto" and float(measured.at(np.array([end]))[0]) >= _SLOW
+    return STEADY if steady else measured
+
+
+def _measured(run: Run, end: float) -> Movement:
     # Later snapshots look at later times; what rounding or a resume put out of order tells nothing new.
     looks: list[tuple[float, float]] = []
     for snapshot in run.snapshots:
