@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ __all__ = [
     "FIT",
     "FREE",
     "MEAN",
+    "MEASURED",
     "OURS",
     "PAPER",
     "PLAIN",
@@ -32,7 +33,8 @@ __all__ = [
     "noiseless_choices",
 ]
 
-OURS, STEADY, RATED, PLAIN = "ours", "ours, movement constant", "ours, rate given", "ours, constant, no noise"
+OURS, PLAIN = "ours", "ours, constant, no noise"
+STEADY, MEASURED, RATED = "ours, movement constant", "ours, movement measured", "ours, rate given"
 PAPER, FREE = "paper", "unconstrained"
 FIT, MEAN = "checkpoints, best fit", "checkpoints, mean"
 
@@ -88,20 +90,27 @@ def measured(training: Training, bench: Bench, grid: Grid, choices: Choices) -> 
             yield from _compared(training, bench, grid, (method, count, storage), sources, choice)
     for count in grid.snapshots:
         run, sources = run_of(bench, grid, count), grid.averages(count)
-        for method, movement in movements(training, run).items():
+        for methods, movement in movements(training, run):
             for storage in STORAGE:
                 noise = noise_shares(run, storage, movement).tolist()
                 choice = constrained(sources, grid.wanted(grid.targets), noise=noise, movement=movement)
-                yield from _compared(training, bench, grid, (method, count, storage), sources, choice)
+                found = list(_compared(training, bench, grid, (methods[0], count, storage), sources, choice))
+                yield from (replace(case, method=method) for method in methods for case in found)
 
 
-def movements(training: Training, run: Run) -> dict[str, Movement]:
-    """What each of our methods takes for the movement of the weights; the package's default first."""
+def movements(training: Training, run: Run) -> list[tuple[tuple[str, ...], Movement]]:
+    """What our methods take for the movement of the weights, with those that take the same; the default first."""
     end = run.snapshots[-1].t
-    found = {OURS: movement_in(run, "measured"), STEADY: movement_in(run, "constant")}
+    taken = [(OURS, movement_in(run, "auto")), (STEADY, movement_in(run, "constant"))]
+    taken.append((MEASURED, movement_in(run, "measured")))
     if training.rate is not constant:
-        found[RATED] = movement_in(run, lambda t: training.rate(t / end))
-    return found
+        taken.append((RATED, movement_in(run, lambda t: training.rate(t / end))))
+    found: dict[tuple[bytes, bytes], tuple[tuple[str, ...], Movement]] = {}
+    for method, movement in taken:
+        lines = movement.times.tobytes(), movement.rates.tobytes()
+        others, _ = found.get(lines, ((), movement))
+        found[lines] = ((*others, method), movement)
+    return list(found.values())
 
 
 def _compared(

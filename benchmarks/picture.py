@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from evaluation import STORAGE
-from measure import OURS, RATED, STEADY, Case
+from measure import MEASURED, OURS, RATED, STEADY, Case
 from trainings import TRAININGS
 
 matplotlib.use("agg")
@@ -21,8 +21,8 @@ __all__ = ["write_scatter"]
 
 def write_scatter(cases: Sequence[Case], path: Path) -> None:
     """Scatter of forecast against error, by what is known of the movement (rows) and dtype (columns), as PNG."""
-    methods = (OURS, STEADY, RATED)
-    figure, grid = plt.subplots(len(methods), len(STORAGE), figsize=(11, 10), sharex=True, sharey=True)
+    methods = (OURS, STEADY, MEASURED, RATED)
+    figure, grid = plt.subplots(len(methods), len(STORAGE), figsize=(11, 13), sharex=True, sharey=True)
     for row, method in zip(grid, methods, strict=True):
         for axes, storage in zip(row, STORAGE, strict=True):
             _panel(axes, [case for case in cases if case.method == method and case.storage == storage])

@@ -51,7 +51,7 @@ def sparse_cases(training: Training, bench: Bench, grid: Grid, count: int) -> It
     groups = [(target.text, [profile]) for target, profile in zip(grid.sparse_targets, wanted, strict=True)]
     groups.append(("all", wanted))
     run = run_of(bench, grid, count)
-    for method, movement in movements(training, run).items():
+    for methods, movement in movements(training, run):
         noise = noise_shares(run, _STORAGE, movement).tolist()
         for tolerance in grid.tolerances:
             for text, profiles in groups:
@@ -60,4 +60,5 @@ def sparse_cases(training: Training, bench: Bench, grid: Grid, count: int) -> It
                 used = int(np.count_nonzero(np.any(coefficients != 0.0, axis=1)))
                 error = float(bench.errors(stored, coefficients, profiles).max())
                 forecast = max(fit.forecast for fit in fits)
-                yield SparseCase(training.name, method, count, tolerance, text, used, error, forecast)
+                for method in methods:
+                    yield SparseCase(training.name, method, count, tolerance, text, used, error, forecast)

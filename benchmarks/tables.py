@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bars import Bar
 from grid import Grid
-from measure import FIT, FREE, MEAN, OURS, PAPER, PLAIN, RATED, STEADY, Case
+from measure import FIT, FREE, MEAN, MEASURED, OURS, PAPER, PLAIN, RATED, STEADY, Case
 from sparse import SparseCase
 from trainings import Trajectory
 
@@ -32,7 +32,7 @@ def report(
     return "\n".join(parts)
 
 
-_LOW = (PAPER, PLAIN, STEADY, OURS, RATED)
+_LOW = (PAPER, PLAIN, OURS, STEADY, MEASURED, RATED)
 Errors = dict[tuple[str, str, int, str, str], float]
 
 

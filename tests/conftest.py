@@ -2,6 +2,9 @@
 
 import os
 
+# Before numpy is loaded: many small solves on threads that spin for each other take ten times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 from hypothesis import settings
 

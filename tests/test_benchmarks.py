@@ -55,10 +55,23 @@ def test_errors_are_finite_and_forecasts_positive(content: dict[str, Any]) -> No
 def test_every_training_has_every_method_and_dtype(content: dict[str, Any]) -> None:
     columns = content["cases"]["columns"]
     found = {(row[columns.index("training")], row[columns.index("method")]) for row in content["cases"]["rows"]}
-    methods = {"ours", "paper", "unconstrained", "checkpoints, mean", "checkpoints, best fit"}
+    methods = {"ours", "ours, movement constant", "ours, movement measured"}
+    methods |= {"paper", "unconstrained", "checkpoints, mean", "checkpoints, best fit"}
     assert {(training, method) for training in content["trainings"] for method in methods} <= found
     dtypes = {row[columns.index("storage")] for row in content["cases"]["rows"]}
     assert dtypes == {"float32", "float16", "bfloat16"}
+
+
+def test_the_default_is_either_constant_or_measured(content: dict[str, Any]) -> None:
+    columns, rows = content["cases"]["columns"], content["cases"]["rows"]
+    run, numbers = columns.index("training"), slice(columns.index("target"), None)
+    found: dict[tuple[str, int, str], dict[str, list[Any]]] = {}
+    for row in rows:
+        _, method, count, storage = row[run : run + 4]
+        found.setdefault((row[run], count, storage), {}).setdefault(method, []).append(row[numbers])
+    for methods in found.values():
+        ours = methods["ours"]
+        assert ours in (methods["ours, movement constant"], methods["ours, movement measured"])
 
 
 def test_tables_and_picture_are_written(results: Path, content: dict[str, Any]) -> None:
