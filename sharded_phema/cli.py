@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ def plan(
     length: Annotated[float, typer.Option(help="Length of the run, in its unit of training time.")] = 100_000,
     parameters: Annotated[float, typer.Option(help="Parameters of the model.")] = 1e9,
     tolerance: Annotated[
-        float | None, typer.Option(help="Recommend what to track, so that no error is larger.")
+        float | None, typer.Option(help="Recommend what to track, and in which dtype, so that no error is larger.")
     ] = None,
     stillness: Annotated[float, typer.Option(help="|weights|^2 over the squared distance they walk in the run.")] = 10,
     json: Json = False,
@@ -152,6 +153,8 @@ def plot_forecast(run: RunFolder, out: Picture) -> None:
 
 def main() -> None:
     """Run the command line. Exit code 0: done, 1: an error that the caller can mend, 2: usage."""
+    # Read when numpy is loaded, by the commands: many small solves are faster without threads that wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app(prog_name="sharded-phema")
     except PhemaError as error:

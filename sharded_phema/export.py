@@ -19,16 +19,10 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import OutputError
 from sharded_phema.manifest import Parameter
+from sharded_phema.tensorfile import DTYPES, header_of
 from sharded_phema.world import agree, from_first, rank_and_size
 
-__all__ = ["DTYPES", "TensorFiles", "byte_count", "staged", "tensor_files"]
-
-DTYPES = {
-    "float32": ("F32", torch.float32),
-    "bfloat16": ("BF16", torch.bfloat16),
-    "float16": ("F16", torch.float16),
-}
-"""Dtypes that can be written: their name in safetensors, and torch's."""
+__all__ = ["TensorFiles", "byte_count", "staged", "tensor_files"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -110,7 +104,10 @@ def tensor_files(parameters: Sequence[Parameter], dtype: str, max_shard_bytes: i
             groups.append([])
         groups[-1].append(parameter)
     names = _file_names(len(groups))
-    headers = {name: _header(group, dtype) for name, group in zip(names, groups, strict=True)}
+    headers = {
+        name: header_of({p.name: p.shape for p in group}, dtype, {"format": "pt"})
+        for name, group in zip(names, groups, strict=True)
+    }
     places: list[tuple[str, int]] = []
     sizes = {}
     for name, group in zip(names, groups, strict=True):
@@ -124,22 +121,6 @@ def _file_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def _header(group: Sequence[Parameter], dtype: str) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for parameter in group:
-        end = begin + math.prod(parameter.shape) * DTYPES[dtype][1].itemsize
-        entries[parameter.name] = {
-            "dtype": DTYPES[dtype][0],
-            "shape": list(parameter.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers map the numbers, which must be aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 def _index(names: Sequence[str], groups: Sequence[Sequence[Parameter]], width: int) -> str:

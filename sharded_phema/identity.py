@@ -14,8 +14,8 @@ from sharded_phema.world import gather
 __all__ = ["check_cover", "check_same_model", "run_record"]
 
 
-def run_record(run: str, unit: str, averages: Sequence[str], layout: ShardLayout) -> RunRecord:
-    """The record that a run of this model, in this unit, with these averages must have.
+def run_record(run: str, unit: str, averages: Sequence[str], layout: ShardLayout, *, dtype: str) -> RunRecord:
+    """The record that a run of this model, in this unit, with these averages stored in this dtype must have.
 
     Raises:
         TargetError: The unit is no name.
@@ -25,7 +25,7 @@ def run_record(run: str, unit: str, averages: Sequence[str], layout: ShardLayout
             f"unit: expected a name of what training time counts, found {unit!r}", hint='try unit="steps"'
         )
     parameters = tuple(Parameter(shard.name, shard.global_shape) for shard in layout)
-    return RunRecord(run, unit, tuple(averages), parameters)
+    return RunRecord(run, unit, tuple(averages), parameters, dtype=dtype)
 
 
 def check_cover(layout: ShardLayout) -> None:
@@ -54,7 +54,7 @@ def check_cover(layout: ShardLayout) -> None:
 
 
 def check_same_model(root: Path, found: RunRecord, expected: RunRecord) -> None:
-    """Prove that a run folder is of this model and tracks the same averages.
+    """Prove that a run folder is of this model, tracks the same averages and stores them alike.
 
     Raises:
         ModelMismatch: It is not; says in what.
@@ -63,6 +63,7 @@ def check_same_model(root: Path, found: RunRecord, expected: RunRecord) -> None:
         "parameters": ([(p.name, p.shape) for p in found.parameters], [(p.name, p.shape) for p in expected.parameters]),
         "averages": (list(found.averages), list(expected.averages)),
         "unit": ([found.unit], [expected.unit]),
+        "dtype": ([found.dtype], [expected.dtype]),
     }
     for what, (stored, wanted) in pairs.items():
         if stored != wanted:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the store's records use Box and are read without torch
     from torch import Tensor
 
-__all__ = ["Box", "ParamShard", "ShardLayout", "boxes_of_flat_range", "canonical_name", "intersection", "whole"]
+__all__ = [
+    "Box",
+    "ParamShard",
+    "ShardLayout",
+    "boxes_of_flat_range",
+    "canonical_name",
+    "flattened",
+    "intersection",
+    "whole",
+]
 
 _WRAPPER_SEGMENTS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
 
@@ -77,6 +86,18 @@ def intersection(a: Box, b: Box) -> Box | None:
     ends = (min(oa + sa, ob + sb) for oa, sa, ob, sb in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True))
     sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
     return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
+
+
+def flattened(box: Box, shape: Sequence[int]) -> Box | None:
+    """The box in the flattened tensor, or None where it is not one run of elements there."""
+    start, inner, run = 0, 1, True
+    for offset, size, length in zip(reversed(box.offsets), reversed(box.sizes), reversed(shape), strict=True):
+        # Once a dimension is cut, those outside of it may hold a single row only.
+        if not run and size != 1:
+            return None
+        run = run and size == length
+        start, inner = start + offset * inner, inner * length
+    return Box((start,), (box.numel,))
 
 
 def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:

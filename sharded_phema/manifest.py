@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from sharded_phema.errors import StoreError
@@ -43,12 +43,14 @@ class RunRecord:
     Attributes:
         run: Random identity of the run.
         unit: What training time counts: steps, samples, tokens ...
+        dtype: What the averages are rounded to in every snapshot: float32, float16 or bfloat16.
         averages: What each tracked average follows, spelled as a target, in order.
         parameters: Every averaged parameter, in the order of the layout.
     """
 
     run: str
     unit: str
+    dtype: str = field(default="float32", kw_only=True)
     averages: tuple[str, ...]
     parameters: tuple[Parameter, ...]
 

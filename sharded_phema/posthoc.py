@@ -18,6 +18,7 @@ from sharded_phema.backends import backend_of
 from sharded_phema.errors import OrderError, TargetError
 from sharded_phema.identity import check_cover, check_same_model, run_record
 from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
+from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import create_run, open_run, run_exists, start_session, write_snapshot
@@ -31,7 +32,7 @@ __all__ = ["PostHocEMA"]
 class PostHocEMA:
     """Running averages of a model's weights, from which averages of any other length can be rebuilt later.
 
-    Each rank averages its own shards, in float32; neither ``update`` nor ``snapshot``
+    Each rank averages its own shards, in float32 whatever is stored; neither ``update`` nor ``snapshot``
     communicates. Made on every rank at once, after the model was sharded and moved.
 
     Args:
@@ -45,15 +46,18 @@ class PostHocEMA:
         update_every: Least training time between updates; 0 updates at every call. Profiles stay exact.
         start: Training time before which weights are not averaged. Uniform and corrected averages count from here
             unless they name their own start.
+        dtype: What snapshots are stored in: "float32", or "float16" or "bfloat16" at half the disk. Rounding then
+            limits what can be rebuilt: ``sharded-phema plan --tolerance`` tells which dtype will do. Numbers above
+            65504 in magnitude do not fit float16; such a snapshot is refused.
         profiles: More averages to keep, each a width or a text: ``"power:gamma=6.94"``,
             ``"exponential:decay=0.9999"`` (per one unit of training time, whatever the rhythm of updates; also
             ``halflife=7000`` or ``tau=10000``, then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``,
             ``"uniform:start=75000"``.
 
     Raises:
-        TargetError: A width, profile or rhythm is impossible, or an average is asked for twice.
+        TargetError: A width, profile, rhythm or dtype is impossible, or an average is asked for twice.
         UnsupportedModel: A parameter cannot be mapped to local shards.
-        ModelMismatch: The folder holds another model's run, or the ranks hold different models.
+        ModelMismatch: The folder holds another model's run or one of another dtype, or the ranks hold different models.
 
     Source: Karras et al., arXiv:2312.02696, section 3.
     """
@@ -68,15 +72,17 @@ class PostHocEMA:
         *,
         update_every: float = 0,
         start: float = 0,
+        dtype: str = "float32",
         profiles: Sequence[str | float] = (),
     ) -> None:
+        check_dtype(dtype)
         self.root = Path(root)
         self._model = model
         self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
         self._tracked = tracked_set(_asked(sigma_rels, profiles), self._schedule.start)
         self._backend, self._layout = agree(lambda: _mapped(model))
         check_cover(self._layout)
-        self._record, self._parent, stored = from_first(lambda: self._open_run(unit))
+        self._record, self._parent, stored = from_first(lambda: self._open_run(unit, dtype))
         self._session = from_first(lambda: uuid.uuid4().hex[:12])
         self._averages = Averages(self._layout, len(self._tracked.targets))
         self._clock = Clock()
@@ -124,7 +130,8 @@ class PostHocEMA:
 
         Raises:
             OrderError: Nothing was averaged yet, or the weights are swapped.
-            StoreError: This rank's part cannot be written; earlier snapshots are intact.
+            StoreError: This rank's part cannot be written, or a number is too large for the run's dtype; earlier
+                snapshots are intact.
         """
         self._check_ready("snapshot")
         self._averages.check_live()
@@ -181,6 +188,9 @@ class PostHocEMA:
     def resume(self, t: float | None = None) -> float:
         """Continue from a snapshot alone: the one at training time ``t``, or the last. Call it on every rank.
 
+        A run that stores float16 or bfloat16 goes on from averages rounded to it. Where the averages must be those of
+        an uninterrupted run to the last bit, load the checkpoint's ``state_dict``, which is float32, instead.
+
         Returns:
             Training time of the restored averages.
 
@@ -210,9 +220,9 @@ class PostHocEMA:
         if kind is None:
             self.close()
 
-    def _open_run(self, unit: str) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...]]:
+    def _open_run(self, unit: str, dtype: str) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...]]:
         """The run's record, the session to continue and its snapshots; rank 0 makes the folder if need be."""
-        expected = run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout)
+        expected = run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout, dtype=dtype)
         if not run_exists(self.root):
             create_run(self.root, expected)
             return expected, "", ()
@@ -244,7 +254,7 @@ class PostHocEMA:
             session = SessionRecord(run, self._session, self._parent, self._resumed_at, size)
             start_session(self.root, session, rank, self._layout)
             self._started = True
-        return write_snapshot(self.root, part, self._averages_by_label())
+        return write_snapshot(self.root, part, self._averages_by_label(), dtype=self._record.dtype)
 
     def _averages_by_label(self) -> dict[str, Any]:
         return {label: self._averages.layout(index) for index, label in enumerate(self._record.averages)}

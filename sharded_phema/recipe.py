@@ -16,6 +16,7 @@ from sharded_phema.fit import Fit, Metric, fit
 from sharded_phema.movement import Movement
 from sharded_phema.per_tensor import Output
 from sharded_phema.profile import Profile
+from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.select import Tolerance, select
 from sharded_phema.source import MovementWish, Source, movement_in, noise_of, sources_of
 from sharded_phema.store import Run
@@ -66,10 +67,10 @@ class Plan:
     @property
     def bytes_to_read(self) -> int:
         """Bytes of the parameters of each source that some output uses, each read once."""
-        total = 0
+        total, width = 0, STORED_BYTES[self.run.record.dtype]
         for index, parameter in enumerate(self.run.record.parameters):
             some = sorted({output.choice[index] for output in self.outputs})
-            total += 4 * math.prod(parameter.shape) * int(np.any(self.coefficients[:, some] != 0, axis=1).sum())
+            total += width * math.prod(parameter.shape) * int(np.any(self.coefficients[:, some] != 0, axis=1).sum())
         return total
 
 

@@ -69,7 +69,7 @@ class Recommendation:
         widths: Relative widths to track.
         snapshots: How many.
         snapshot_every: Training time between them.
-        dtype: What the averages are stored in.
+        dtype: What the averages are stored in, as ``PostHocEMA`` takes it.
         size: Bytes on disk.
         forecasts: Predicted |rebuilt - target| / |raw - target| of each target, rounding included.
     """

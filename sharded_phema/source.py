@@ -23,7 +23,6 @@ __all__ = ["MovementWish", "Source", "movement_in", "movement_per_time", "noise_
 MovementWish = Rate | Literal["auto", "measured", "constant"]
 """A learning rate, or where the movement of the weights is taken from."""
 
-_STORED = "float32"
 # The rate at the end is at least this share of the last one measured.
 _LEAST = 0.02
 # Weights that end slower than this share of their fastest are not taken for a steady walk.
@@ -113,7 +112,7 @@ def noise_of(sources: Sequence[Source], movement: Movement) -> tuple[float, ...]
         return (0.0,) * len(sources)
     norms = (source.snapshot.norms for source in sources)
     return tuple(
-        rounding_noise(_STORED, norm[source.average]) / speed if norm else 0.0
+        rounding_noise(source.snapshot.record.dtype, norm[source.average]) / speed if norm else 0.0
         for source, norm in zip(sources, norms, strict=True)
     )
 

@@ -36,6 +36,7 @@ def show_info(run: Run, *, as_json: bool) -> None:
     facts: dict[str, Any] = {
         "run": record.run,
         "unit": record.unit,
+        "dtype": record.dtype,
         "averages": [_average(label) for label in record.averages],
         "parameters": len(record.parameters),
         "elements": run.numel,

@@ -133,9 +133,11 @@ def numbers(shapes: Sequence[tuple[int, ...]], seed: int) -> list[np.ndarray]:
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def new_run(root: Path, division: Division, run: str = "run", labels: Sequence[str] = LABELS) -> RunRecord:
+def new_run(
+    root: Path, division: Division, run: str = "run", labels: Sequence[str] = LABELS, *, dtype: str = "float32"
+) -> RunRecord:
     """Make the folder of a run that tracks some averages."""
-    record = RunRecord(run, "steps", tuple(labels), division.parameters)
+    record = RunRecord(run, "steps", tuple(labels), division.parameters, dtype=dtype)
     create_run(root, record)
     return record
 
@@ -157,12 +159,13 @@ def store(
     number: int = 0,
     session: str = "s0",
     ranks: Sequence[int] | None = None,
+    dtype: str = "float32",
 ) -> Path:
     """Have ranks (all unless given) write their parts of one snapshot."""
     part = PartRecord("run", session, number, 0, t, 1.0, size=0)
     for rank in range(division.ranks) if ranks is None else ranks:
         layouts = {label: division.layout(rank, values) for label, values in averages.items()}
-        folder = write_snapshot(root, replace(part, rank=rank), layouts)
+        folder = write_snapshot(root, replace(part, rank=rank), layouts, dtype=dtype)
     return folder
 
 

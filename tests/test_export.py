@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_phema.errors import OutputError
-from sharded_phema.export import DTYPES, byte_count, staged, tensor_files
+from sharded_phema.export import byte_count, staged, tensor_files
 from sharded_phema.manifest import Parameter
+from sharded_phema.tensorfile import DTYPES
 
 INDEX = "model.safetensors.index.json"
 

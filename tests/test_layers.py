@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"errors"},
-    {"width", "layout", "movement", "rounding", "schedule", "spelling", "world"},
+    {"width", "layout", "movement", "rounding", "schedule", "spelling", "tensorfile", "world"},
     {"profile"},
     {"quadrature", "target", "manifest", "kernels", "backends"},
     {"fit", "averages", "per_tensor", "tracked"},

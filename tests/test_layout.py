@@ -9,7 +9,7 @@ from builders import boxes_in, examples, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_phema.layout import Box, boxes_of_flat_range, canonical_name, intersection, whole
+from sharded_phema.layout import Box, boxes_of_flat_range, canonical_name, flattened, intersection, whole
 
 WRAPPERS = ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"]
 
@@ -103,3 +103,14 @@ def test_a_canonical_name_has_lost_its_wrapper_segments_and_nothing_else(segment
 
 def test_a_segment_that_only_contains_a_wrapper_name_stays():
     assert canonical_name("my_orig_mod._orig_mod.x_fsdp_wrapped_module") == "my_orig_mod.x_fsdp_wrapped_module"
+
+
+@given(shapes=st.lists(st.integers(1, 5), max_size=4).map(tuple), data=st.data())
+def test_a_box_flattens_exactly_when_its_elements_are_one_run(shapes, data):
+    # Oracle: the flat indices of its elements, by brute force.
+    offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shapes)
+    sizes = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shapes, offsets, strict=True))
+    indices = np.arange(math.prod(shapes)).reshape(shapes)[Box(offsets, sizes).slices].ravel()
+    run = bool((np.diff(indices) == 1).all())
+    expected = Box((int(indices[0]),), (indices.size,)) if run else None
+    assert flattened(Box(offsets, sizes), shapes) == expected

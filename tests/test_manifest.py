@@ -37,6 +37,7 @@ runs = st.builds(
     st.text(),
     st.lists(st.text(), max_size=3).map(tuple),
     st.lists(st.builds(Parameter, st.text(), sizes), max_size=4).map(tuple),
+    dtype=st.text(),
 )
 sessions = st.builds(SessionRecord, st.text(), st.text(), st.text(), finite, counts)
 layouts = st.builds(

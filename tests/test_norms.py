@@ -87,7 +87,7 @@ def test_movement_that_changes_is_measured(tmp_path):
     assert movement_in(walk.run, "constant") is STEADY
     given = movement_in(walk.run, ([0.0, 200.0], [2.0, 1.0]))
     assert given.at(np.array([0.0, 200.0])) == pytest.approx([1.0, 0.5])
-    with pytest.raises(TargetError, match="expected measured, constant or a learning rate, found 'fast'"):
+    with pytest.raises(TargetError, match="expected auto, measured, constant or a learning rate, found 'fast'"):
         movement_in(walk.run, "fast")
 
 

@@ -570,6 +570,7 @@ OTHER_RUNS = {
     "more widths": (lambda: Free(a=3, b=4), {"sigma_rels": (0.05, 0.10, 0.15)}, "averages"),
     "other order": (lambda: Free(a=3, b=4), {"sigma_rels": (0.10, 0.05)}, "averages"),
     "other unit": (lambda: Free(a=3, b=4), {"unit": "tokens"}, "unit"),
+    "other dtype": (lambda: Free(a=3, b=4), {"dtype": "bfloat16"}, "dtype"),
 }
 
 

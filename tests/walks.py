@@ -43,6 +43,7 @@ def walk_run(
     labels: Sequence[str] = LABELS,
     size: float = 0.01,
     rate: Callable[[int], float] = lambda step: 1.0,
+    dtype: str = "float32",
 ) -> Walk:
     """Store the averages of a random walk, every so many steps, in one process."""
     rng = np.random.default_rng(5)
@@ -52,11 +53,11 @@ def walk_run(
     weights = np.cumsum(np.vstack([rng.standard_normal(count), moves]), axis=0)
     walk = Walk(None, weights)  # type: ignore[arg-type]
     with no_flush():
-        new_run(root, division, labels=labels)
+        new_run(root, division, labels=labels, dtype=dtype)
         new_session(root, division)
         for number, t in enumerate(range(every, steps + 1, every)):
             averages = {label: cut(walk.average(parse_target(label).profile(float(t), 1.0))) for label in labels}
-            store(root, division, averages, t=float(t), number=number)
+            store(root, division, averages, t=float(t), number=number, dtype=dtype)
     return Walk(open_run(root), weights)
 
 

@@ -28,7 +28,8 @@ class SnapshotReader(StorageReader):
     """Reads one snapshot: ``dcp.load({label: {name: tensor}}, storage_reader=SnapshotReader(snapshot))``.
 
     Tensors may be plain, DTensors or anything else that DCP can load into; each rank reads
-    only the boxes that it asks for. Labels are those of ``Run.record.averages``.
+    only the boxes that it asks for. Labels are those of ``Run.record.averages``. Values come as float32, whatever
+    dtype the run stores.
 
     Args:
         snapshot: A finished snapshot, from ``open_run(root).snapshots``.

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharded_phema.errors import StoreError
-from sharded_phema.layout import Box, boxes_of_flat_range, intersection
+from sharded_phema.layout import Box, boxes_of_flat_range, flattened, intersection
 from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord
 from sharded_phema.store import names
-from sharded_phema.store.files import read_floats, tensor_table
+from sharded_phema.store.tensors import read_floats, tensor_table
+from sharded_phema.tensorfile import DTYPES
 
 __all__ = ["Snapshot"]
 
@@ -61,7 +62,7 @@ class Snapshot:
         return _added([part.gaps for part in self.parts])
 
     def read_box(self, average: int, parameter: int, box: Box) -> NDArray[np.float32]:
-        """One box of one parameter of one average, read from the ranks that stored parts of it.
+        """One box of one parameter of one average, as float32, read from the ranks that stored parts of it.
 
         Args:
             average: Index into the run's averages.
@@ -74,12 +75,26 @@ class Snapshot:
         Raises:
             StoreError: A file is damaged, or the stored boxes do not cover the box.
         """
+        return self._read(average, parameter, box, [layout.boxes[parameter] for layout in self.layouts])
+
+    def read_flat(self, average: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
+        """Elements ``[start, stop)`` of one flattened parameter of one average."""
+        shape = self.record.parameters[parameter].shape
+        flat = [tuple(flattened(box, shape) for box in layout.boxes[parameter]) for layout in self.layouts]
+        if all(box is not None for boxes in flat for box in boxes):
+            # Rows, as most ways of sharding store them: the range is one run of bytes in each of the files it touches.
+            stored = [tuple(box for box in boxes if box is not None) for boxes in flat]
+            return self._read(average, parameter, Box((start,), (stop - start,)), stored)
+        pieces = [self.read_box(average, parameter, box).reshape(-1) for box in boxes_of_flat_range(shape, start, stop)]
+        return np.concatenate([np.empty(0, np.float32), *pieces])
+
+    def _read(self, average: int, parameter: int, box: Box, layouts: Sequence[Sequence[Box]]) -> NDArray[np.float32]:
+        """A box, with the boxes that each rank stores, all of them in the parameter's shape or all flattened."""
         out, found = np.empty(box.sizes, np.float32), 0
-        for rank, layout in enumerate(self.layouts):
-            for number, stored in enumerate(layout.boxes[parameter]):
+        for rank, boxes in enumerate(layouts):
+            for number, stored in enumerate(boxes):
                 if (shared := intersection(stored, box)) is not None:
-                    values = self._read_part(rank, average, parameter, number, shared)
-                    out[_within(box, shared)] = values
+                    out[_within(box, shared)] = self._read_part(rank, average, parameter, number, stored, shared)
                     found += shared.numel
         if found != box.numel:
             raise StoreError(
@@ -89,27 +104,23 @@ class Snapshot:
             )
         return out
 
-    def read_flat(self, average: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
-        """Elements ``[start, stop)`` of one flattened parameter of one average."""
-        boxes = boxes_of_flat_range(self.record.parameters[parameter].shape, start, stop)
-        pieces = [self.read_box(average, parameter, box).reshape(-1) for box in boxes]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
-
-    def _read_part(self, rank: int, average: int, parameter: int, number: int, shared: Box) -> NDArray[np.float32]:
+    def _read_part(
+        self, rank: int, average: int, parameter: int, number: int, stored: Box, shared: Box
+    ) -> NDArray[np.float32]:
         part = self.parts[rank]
         tensor = names.tensor_name(self.record.averages[average], self.record.parameters[parameter].name)
         path = names.tensors_path(self.folder, rank)
         metadata, ranges = tensor_table(path, part.size)
         identity = {key: str(getattr(part, key)) for key in ("run", "session", "snapshot", "rank")}
-        stored = self.layouts[rank].boxes[parameter][number]
-        begin, end = ranges.get(names.box_key(tensor, number), (0, 0))
-        if metadata != identity or end - begin != 4 * stored.numel:
+        code, kind = DTYPES[self.record.dtype]
+        found, begin, end = ranges.get(names.box_key(tensor, number), ("nothing", 0, 0))
+        if metadata != identity or found != code or end - begin != kind.itemsize * stored.numel:
             raise StoreError(
                 f"{path}: not the tensors that its record names: expected {identity} with {stored.numel} elements of "
-                f"{tensor}, found {metadata} with {(end - begin) // 4}",
+                f"{tensor} in {code}, found {metadata} with {end - begin} bytes of {found}",
                 hint="the file was swapped or is stale; restore it from a backup",
             )
-        return _cut(path, begin, stored, shared)
+        return _cut(path, begin, stored, shared, self.record.dtype)
 
 
 def _added(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
@@ -122,7 +133,7 @@ def _within(outer: Box, inner: Box) -> tuple[slice, ...]:
     return Box(tuple(i - o for i, o in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes).slices
 
 
-def _cut(path: Path, begin: int, stored: Box, shared: Box) -> NDArray[np.float32]:
+def _cut(path: Path, begin: int, stored: Box, shared: Box, dtype: str) -> NDArray[np.float32]:
     """Read ``shared`` out of the row-major ``stored`` box that begins at a byte of a file.
 
     One read spans it from its first to its last element; where it is narrower than
@@ -133,5 +144,7 @@ def _cut(path: Path, begin: int, stored: Box, shared: Box) -> NDArray[np.float32
     corner = np.subtract(shared.offsets, stored.offsets)
     first = int(corner @ strides)
     last = first + int(np.subtract(shared.sizes, 1) @ strides)
-    span = read_floats(path, begin + 4 * first, begin + 4 * (last + 1))
-    return np.lib.stride_tricks.as_strided(span, shared.sizes, tuple(4 * int(s) for s in strides), writeable=False)
+    width = DTYPES[dtype][1].itemsize
+    span = read_floats(path, begin + width * first, begin + width * (last + 1), dtype)
+    steps = tuple(span.itemsize * int(s) for s in strides)
+    return np.lib.stride_tricks.as_strided(span, shared.sizes, steps, writeable=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sharded_phema.errors import StoreError
 from sharded_phema.manifest import LayoutRecord, PartRecord, R, RunRecord, SessionRecord, decode
+from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import names
 from sharded_phema.store.reader import Snapshot
 
@@ -59,6 +60,11 @@ def open_run(root: str | Path) -> Run:
             hint="give the folder that PostHocEMA was made with",
         )
     record = _read(RunRecord, names.run_path(root))
+    if record.dtype not in STORED_BYTES:
+        raise StoreError(
+            f"{names.run_path(root)}: expected a dtype of {', '.join(STORED_BYTES)}, found {record.dtype}",
+            hint="the record was edited, or a newer version wrote it; restore it or upgrade",
+        )
     sessions = _sessions(root, record)
     cutoffs = _cutoffs(root, sessions)
     layouts: dict[str, tuple[LayoutRecord, ...]] = {}

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -26,6 +25,8 @@ from sharded_phema.store import names
 from sharded_phema.store.boxes import BoxTensor
 from sharded_phema.store.files import place, write_text
 from sharded_phema.store.norms import squared_norms
+from sharded_phema.store.tensors import write_tensors
+from sharded_phema.tensorfile import DTYPES
 
 __all__ = ["create_run", "start_session", "write_snapshot"]
 
@@ -50,7 +51,9 @@ def start_session(root: Path, record: SessionRecord, rank: int, layout: ShardLay
             write_text(path, text)
 
 
-def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLayout]) -> Path:
+def write_snapshot(
+    root: Path, part: PartRecord, averages: Mapping[str, ShardLayout], *, dtype: str = "float32"
+) -> Path:
     """Store this rank's boxes of every average. Called by every rank, no collective.
 
     The snapshot exists for readers once the last rank's part is on disk.
@@ -59,12 +62,13 @@ def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLay
         root: Run folder.
         part: Who writes what, and when; its size and norms are found here.
         averages: For each label of the run's record the average's shards; only first replicas are stored.
+        dtype: What they are rounded to: the dtype of the run's record.
 
     Returns:
         The snapshot's folder, the same on all ranks.
 
     Raises:
-        StoreError: A file exists already or cannot be written.
+        StoreError: A file exists already or cannot be written, or a number is too large for the dtype.
     """
     folder = names.snapshot_folder(root, part.session, part.snapshot)
     norms, gaps = squared_norms(tuple(averages.values()))
@@ -80,7 +84,7 @@ def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLay
         warnings.filterwarnings("ignore", message=".*single process.*")
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
-            save(state, storage_writer=_PartWriter(folder, part), planner=planner, no_dist=True)
+            save(state, storage_writer=_PartWriter(folder, part, dtype), planner=planner, no_dist=True)
         except CheckpointException as wrapped:
             # It derives from BaseException, which no caller would catch.
             raise next(iter(wrapped.failures.values()))[0] from None
@@ -90,8 +94,8 @@ def write_snapshot(root: Path, part: PartRecord, averages: Mapping[str, ShardLay
 class _PartWriter(StorageWriter):
     """Stores one rank's plan as a safetensors file and then, as its commit, the part's record."""
 
-    def __init__(self, folder: Path, part: PartRecord) -> None:
-        self._folder, self._part = folder, part
+    def __init__(self, folder: Path, part: PartRecord, dtype: str) -> None:
+        self._folder, self._part, self._dtype = folder, part, dtype
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -113,10 +117,12 @@ class _PartWriter(StorageWriter):
         tensors = {key: _resolved(planner, item) for key, item in zip(keys, items, strict=True)}
         identity = {key: str(getattr(self._part, key)) for key in ("run", "session", "snapshot", "rank")}
         path = names.tensors_path(self._folder, self._part.rank)
-        place(path, lambda temporary: save_file(tensors, temporary, metadata=identity))
+        place(path, lambda temporary: write_tensors(temporary, tensors, self._dtype, identity))
         part = replace(self._part, size=path.stat().st_size)
         write_text(names.part_path(self._folder, part.rank), encode(part))
-        written = [WriteResult(item.index, tensors[key].nbytes, None) for key, item in zip(keys, items, strict=True)]
+        width = DTYPES[self._dtype][1].itemsize
+        sizes = [width * tensors[key].numel() for key in keys]
+        written = [WriteResult(item.index, size, None) for item, size in zip(items, sizes, strict=True)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(written)
         return future
