@@ -16,15 +16,15 @@ from torch import Tensor
 from sharded_phema.averages import Averages
 from sharded_phema.backends import backend_of
 from sharded_phema.errors import OrderError, TargetError
-from sharded_phema.identity import check_cover, check_same_model, run_record
-from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
+from sharded_phema.identity import check_cover, run_record
 from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
+from sharded_phema.session import Session
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
-from sharded_phema.store import create_run, open_run, run_exists, start_session, write_snapshot
+from sharded_phema.store import open_run
 from sharded_phema.target import Target, parse_target
 from sharded_phema.tracked import tracked_set
-from sharded_phema.world import agree, from_first, rank_and_size
+from sharded_phema.world import agree
 
 __all__ = ["PostHocEMA"]
 
@@ -82,14 +82,10 @@ class PostHocEMA:
         self._tracked = tracked_set(_asked(sigma_rels, profiles), self._schedule.start)
         self._backend, self._layout = agree(lambda: _mapped(model))
         check_cover(self._layout)
-        self._record, self._parent, stored = from_first(lambda: self._open_run(unit, dtype))
-        self._session = from_first(lambda: uuid.uuid4().hex[:12])
+        expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout, dtype=dtype))
+        self._session = Session(self.root, expected, self._layout)
         self._averages = Averages(self._layout, len(self._tracked.targets))
         self._clock = Clock()
-        self._resumed_at = 0.0
-        self._unrestored = stored  # snapshots that this object has not continued from: time and folder
-        self._snapshots, self._started = 0, False
-        self._folder = (-math.inf, Path())  # when the last snapshot was taken, and where it lies
         self._busy = ""
 
     @property
@@ -113,7 +109,7 @@ class PostHocEMA:
         if not (math.isfinite(t) and t > last):
             raise OrderError(
                 f"update at training time {t:.17g}: it must be later than the last one, {last:.17g}",
-                hint=f"count {self._record.unit} since the start of training, and call update once per optimizer step",
+                hint=f"count {self._session.record.unit} since training began, and update once per optimizer step",
             )
         due = self._schedule.updates(self._clock.updated, t)
         self._clock = self._clock.at(t)
@@ -138,9 +134,7 @@ class PostHocEMA:
         self._take_pending()
         if self._clock.start == math.inf:
             raise OrderError("snapshot: nothing was averaged yet", hint="call update() after the first optimizer step")
-        if self._folder[0] < self._clock.t:
-            self._folder = (self._clock.t, self._write())
-        return self._folder[1]
+        return self._session.snapshot(self._clock, self._averages_by_label())
 
     @contextmanager
     def swapped(self, target: str | float | None = None, *, sigma_rel: float | None = None) -> Iterator[None]:
@@ -209,7 +203,7 @@ class PostHocEMA:
         if self._busy:
             self._check_ready("close")
         self._take_pending()
-        if self._clock.start < math.inf and self._folder[0] < self._clock.t:
+        if self._clock.start < math.inf and self._session.lacks(self._clock.t):
             self.snapshot()
         self._busy = "closed"
 
@@ -219,16 +213,6 @@ class PostHocEMA:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.close()
-
-    def _open_run(self, unit: str, dtype: str) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...]]:
-        """The run's record, the session to continue and its snapshots; rank 0 makes the folder if need be."""
-        expected = run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout, dtype=dtype)
-        if not run_exists(self.root):
-            create_run(self.root, expected)
-            return expected, "", ()
-        run = open_run(self.root)
-        check_same_model(self.root, run.record, expected)
-        return run.record, run.head, tuple((snapshot.t, snapshot.folder) for snapshot in run.snapshots)
 
     def _take_pending(self) -> None:
         """Bring the averages up to now, where the rhythm of updates left weights out."""
@@ -244,34 +228,19 @@ class PostHocEMA:
         self._averages.update_(weights)
         self._clock = clock.after_update()
 
-    def _write(self) -> Path:
-        rank, size = rank_and_size()
-        clock, run = self._clock, self._record.run
-        part = PartRecord(run, self._session, self._snapshots, rank, clock.t, clock.start, size=0)
-        # Counted before it is written: after a failure on one rank, all ranks still agree on the next one's number.
-        self._snapshots += 1
-        if not self._started:
-            session = SessionRecord(run, self._session, self._parent, self._resumed_at, size)
-            start_session(self.root, session, rank, self._layout)
-            self._started = True
-        return write_snapshot(self.root, part, self._averages_by_label(), dtype=self._record.dtype)
-
     def _averages_by_label(self) -> dict[str, Any]:
-        return {label: self._averages.layout(index) for index, label in enumerate(self._record.averages)}
+        return {label: self._averages.layout(index) for index, label in enumerate(self._session.record.averages)}
 
     def _check_fresh(self) -> None:
-        if self._busy or self._snapshots:
+        if self._busy or self._session.stored:
             raise OrderError(
                 "restoring: this object has stored snapshots or is in use",
                 hint="restore right after making PostHocEMA, before the first update",
             )
 
     def _continue_at(self, restored: Clock) -> None:
-        self._clock, self._resumed_at = restored, restored.t
-        for t, folder in self._unrestored:
-            if t == restored.t:
-                self._folder = (t, folder)
-        self._unrestored = ()
+        self._clock = restored
+        self._session.continue_at(restored.t)
 
     def _index(self, wanted: Target) -> int:
         if self._clock.start == math.inf:
@@ -287,13 +256,7 @@ class PostHocEMA:
     def _check_ready(self, act: str) -> None:
         if self._busy:
             raise OrderError(f"{act}: {self._busy}", hint="leave the swapped block first, or make a new PostHocEMA")
-        if self._unrestored:
-            last = self._unrestored[-1][0]
-            raise OrderError(
-                f"{act}: {self.root} holds this run's snapshots up to {self._record.unit} {last:.17g}, "
-                "and their averages were not restored",
-                hint="load the state with dcp.load({'ema': ema}, ...) or ema.resume(); a new run needs its own folder",
-            )
+        self._session.check_restored(act)
 
 
 def _mapped(model: Any) -> tuple[Any, Any]:

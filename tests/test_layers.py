@@ -15,7 +15,7 @@ LAYERS = [
     {"fit", "averages", "per_tensor", "tracked"},
     {"select", "store"},
     {"export", "forecast", "identity", "source", "state"},
-    {"recipe", "recommend"},
+    {"recipe", "recommend", "session"},
     {"posthoc", "rebuild"},
     {"plot", "tables", "integrations"},
     {"cli"},

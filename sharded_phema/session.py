@@ -1,0 +1,102 @@
+"""Session: one stretch of training in a run folder: what it continues, and where its next snapshot goes."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from sharded_phema.errors import OrderError
+from sharded_phema.identity import check_same_model
+from sharded_phema.layout import ShardLayout
+from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
+from sharded_phema.state import Clock
+from sharded_phema.store import create_run, open_run, run_exists, start_session, write_snapshot
+from sharded_phema.world import from_first, rank_and_size
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Opens a run folder, or makes it, and stores snapshots there. Made on every rank at once: collective.
+
+    Attributes:
+        record: The run's record.
+        stored: How many snapshots this session tried to store.
+
+    Args:
+        root: Run folder.
+        expected: What a run made here would be; a run that exists must be the same but for its identity.
+        layout: Pieces of the parameters on this rank.
+
+    Raises:
+        ModelMismatch: The folder holds a run of another model, unit, dtype or other averages.
+        StoreError: The folder cannot be read or made.
+    """
+
+    def __init__(self, root: Path, expected: RunRecord, layout: ShardLayout) -> None:
+        self._root, self._layout = root, layout
+        self.record, self._parent, self._waiting = from_first(lambda: _opened(root, expected))
+        self._name = from_first(lambda: uuid.uuid4().hex[:12])
+        self._resumed_at = 0.0
+        self.stored, self._started = 0, False
+        self._last = (-math.inf, Path())  # when the last snapshot was taken, and where it lies
+
+    def check_restored(self, act: str) -> None:
+        """Prove that the averages of the snapshots in the folder, if any, were restored.
+
+        Raises:
+            OrderError: They were not.
+        """
+        if self._waiting:
+            raise OrderError(
+                f"{act}: {self._root} holds this run's snapshots up to {self.record.unit} {self._waiting[-1][0]:.17g}, "
+                "and their averages were not restored",
+                hint="load the state with dcp.load({'ema': ema}, ...) or ema.resume(); a new run needs its own folder",
+            )
+
+    def continue_at(self, t: float) -> None:
+        """Go on from averages of training time ``t``. Later snapshots belong to an abandoned timeline from now on."""
+        self._resumed_at = t
+        self._last = next(((time, folder) for time, folder in self._waiting if time == t), self._last)
+        self._waiting = ()
+
+    def lacks(self, t: float) -> bool:
+        """Whether there is no snapshot of training time ``t`` yet."""
+        return self._last[0] < t
+
+    def snapshot(self, clock: Clock, averages: Mapping[str, ShardLayout]) -> Path:
+        """Store this rank's part of a snapshot unless there is one of this time. Called by every rank, no collective.
+
+        Returns:
+            The snapshot's folder, the same on all ranks.
+
+        Raises:
+            StoreError: The part cannot be written; earlier snapshots are intact, and a later one can be tried.
+        """
+        if self.lacks(clock.t):
+            self._last = (clock.t, self._write(clock, averages))
+        return self._last[1]
+
+    def _write(self, clock: Clock, averages: Mapping[str, ShardLayout]) -> Path:
+        rank, size = rank_and_size()
+        run = self.record.run
+        part = PartRecord(run, self._name, self.stored, rank, clock.t, clock.start, size=0)
+        # Counted before it is written: after a failure on one rank, all ranks still agree on the next one's number.
+        self.stored += 1
+        if not self._started:
+            session = SessionRecord(run, self._name, self._parent, self._resumed_at, size)
+            start_session(self._root, session, rank, self._layout)
+            self._started = True
+        return write_snapshot(self._root, part, averages, dtype=self.record.dtype)
+
+
+def _opened(root: Path, expected: RunRecord) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...]]:
+    """The run's record, the session to continue, and its snapshots: time and folder."""
+    if not run_exists(root):
+        create_run(root, expected)
+        return expected, "", ()
+    run = open_run(root)
+    check_same_model(root, run.record, expected)
+    return run.record, run.head, tuple((snapshot.t, snapshot.folder) for snapshot in run.snapshots)
