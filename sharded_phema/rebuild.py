@@ -68,6 +68,7 @@ class _Sums:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._read = torch.empty(BLOCK, dtype=torch.float32)
         self._values = torch.empty(GROUP, BLOCK, dtype=torch.float64)
         self._sums = torch.empty(len(plan.targets), BLOCK, dtype=torch.float64)
 
@@ -81,7 +82,8 @@ class _Sums:
             values = self._values[: len(group), : stop - start]
             for row, i in zip(values, group, strict=True):
                 source = self._plan.sources[i]
-                row.copy_(torch.from_numpy(source.snapshot.read_flat(source.average, parameter, start, stop)))
+                source.snapshot.fill_flat(source.average, parameter, start, self._read[: stop - start].numpy())
+                row.copy_(self._read[: stop - start])
             sums.addmm_(torch.from_numpy(weights[group].T.copy()), values)
         return sums.numpy()
 

@@ -75,39 +75,56 @@ class Snapshot:
         Raises:
             StoreError: A file is damaged, or the stored boxes do not cover the box.
         """
-        return self._read(average, parameter, box, [layout.boxes[parameter] for layout in self.layouts])
+        out, found = np.empty(box.sizes, np.float32), 0
+        for rank, layout in enumerate(self.layouts):
+            for number, stored in enumerate(layout.boxes[parameter]):
+                if (shared := intersection(stored, box)) is not None:
+                    path, begin = self._locate(rank, average, parameter, number)
+                    out[_within(box, shared)] = _cut(path, begin, stored, shared, self.record.dtype)
+                    found += shared.numel
+        self._check_found(parameter, box, found)
+        return out
 
     def read_flat(self, average: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
         """Elements ``[start, stop)`` of one flattened parameter of one average."""
-        shape = self.record.parameters[parameter].shape
-        flat = [tuple(flattened(box, shape) for box in layout.boxes[parameter]) for layout in self.layouts]
-        if all(box is not None for boxes in flat for box in boxes):
-            # Rows, as most ways of sharding store them: the range is one run of bytes in each of the files it touches.
-            stored = [tuple(box for box in boxes if box is not None) for boxes in flat]
-            return self._read(average, parameter, Box((start,), (stop - start,)), stored)
-        pieces = [self.read_box(average, parameter, box).reshape(-1) for box in boxes_of_flat_range(shape, start, stop)]
-        return np.concatenate([np.empty(0, np.float32), *pieces])
+        out = np.empty(stop - start, np.float32)
+        self.fill_flat(average, parameter, start, out)
+        return out
 
-    def _read(self, average: int, parameter: int, box: Box, layouts: Sequence[Sequence[Box]]) -> NDArray[np.float32]:
-        """A box, with the boxes that each rank stores, all of them in the parameter's shape or all flattened."""
-        out, found = np.empty(box.sizes, np.float32), 0
-        for rank, boxes in enumerate(layouts):
-            for number, stored in enumerate(boxes):
-                if (shared := intersection(stored, box)) is not None:
-                    out[_within(box, shared)] = self._read_part(rank, average, parameter, number, stored, shared)
+    def fill_flat(self, average: int, parameter: int, start: int, out: NDArray[np.float32]) -> None:
+        """Fill a contiguous array with the elements of one flattened parameter of one average from ``start`` on."""
+        shape = self.record.parameters[parameter].shape
+        wanted, width, found = Box((start,), (out.size,)), DTYPES[self.record.dtype][1].itemsize, 0
+        for rank, layout in enumerate(self.layouts):
+            for number, box in enumerate(layout.boxes[parameter]):
+                # Rows, as most ways of sharding store them: the range is one run of bytes in each file it touches.
+                if (stored := flattened(box, shape)) is None:
+                    self._fill_boxes(average, parameter, start, out)
+                    return
+                if (shared := intersection(stored, wanted)) is not None:
+                    path, begin = self._locate(rank, average, parameter, number)
+                    begin += width * (shared.offsets[0] - stored.offsets[0])
+                    read_floats(path, begin, self.record.dtype, out[_within(wanted, shared)])
                     found += shared.numel
+        self._check_found(parameter, wanted, found)
+
+    def _fill_boxes(self, average: int, parameter: int, start: int, out: NDArray[np.float32]) -> None:
+        """The same where some rank stores columns: the range is cut into boxes of the parameter's own shape."""
+        for box in boxes_of_flat_range(self.record.parameters[parameter].shape, start, start + out.size):
+            out[: box.numel] = self.read_box(average, parameter, box).reshape(-1)
+            out = out[box.numel :]
+
+    def _check_found(self, parameter: int, box: Box, found: int) -> None:
         if found != box.numel:
             raise StoreError(
                 f"{self.folder}: {found} of {box.numel} elements of {self.record.parameters[parameter].name} "
                 f"in {box} are stored",
                 hint="the layout records of the run were edited or mixed; restore the run folder",
             )
-        return out
 
-    def _read_part(
-        self, rank: int, average: int, parameter: int, number: int, stored: Box, shared: Box
-    ) -> NDArray[np.float32]:
-        part = self.parts[rank]
+    def _locate(self, rank: int, average: int, parameter: int, number: int) -> tuple[Path, int]:
+        """File of a stored box, and the byte at which its numbers begin."""
+        part, stored = self.parts[rank], self.layouts[rank].boxes[parameter][number]
         tensor = names.tensor_name(self.record.averages[average], self.record.parameters[parameter].name)
         path = names.tensors_path(self.folder, rank)
         metadata, ranges = tensor_table(path, part.size)
@@ -120,7 +137,7 @@ class Snapshot:
                 f"{tensor} in {code}, found {metadata} with {end - begin} bytes of {found}",
                 hint="the file was swapped or is stale; restore it from a backup",
             )
-        return _cut(path, begin, stored, shared, self.record.dtype)
+        return path, begin
 
 
 def _added(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
@@ -144,7 +161,7 @@ def _cut(path: Path, begin: int, stored: Box, shared: Box, dtype: str) -> NDArra
     corner = np.subtract(shared.offsets, stored.offsets)
     first = int(corner @ strides)
     last = first + int(np.subtract(shared.sizes, 1) @ strides)
-    width = DTYPES[dtype][1].itemsize
-    span = read_floats(path, begin + width * first, begin + width * (last + 1), dtype)
+    span = np.empty(last + 1 - first, np.float32)
+    read_floats(path, begin + DTYPES[dtype][1].itemsize * first, dtype, span)
     steps = tuple(span.itemsize * int(s) for s in strides)
     return np.lib.stride_tricks.as_strided(span, shared.sizes, steps, writeable=False)

@@ -106,13 +106,23 @@ def _ranges(header: dict[str, dict[str, Any]], base: int, size: int) -> tuple[di
     return metadata, ranges
 
 
-def read_floats(path: Path, begin: int, end: int, dtype: str) -> NDArray[np.float32]:
-    """The little-endian numbers of a dtype in bytes ``[begin, end)`` of a file, as float32."""
+def read_floats(path: Path, begin: int, dtype: str, out: NDArray[np.float32]) -> None:
+    """Fill a contiguous array with the numbers of a dtype that lie at a byte of a file, as float32.
+
+    Raises:
+        StoreError: The file cannot be read, or ends early.
+    """
+    kind = DTYPES[dtype][1]
+    raw = out.view(np.uint8) if kind == torch.float32 else np.empty(out.size * kind.itemsize, np.uint8)
     try:
-        stored = np.fromfile(path, dtype=np.uint8, count=end - begin, offset=begin)
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            missing = raw.data
+            while missing and (count := file.readinto(missing)):
+                missing = missing[count:]
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}", hint=_MEND) from error
-    if stored.size != end - begin:
-        raise StoreError(f"{path}: ends {end - begin - stored.size} bytes early", hint=_MEND)
-    values: NDArray[np.float32] = torch.from_numpy(stored).view(DTYPES[dtype][1]).float().numpy()
-    return values
+    if missing:
+        raise StoreError(f"{path}: ends {len(missing)} bytes early", hint=_MEND)
+    if kind != torch.float32:
+        torch.from_numpy(out).copy_(torch.from_numpy(raw).view(kind))
