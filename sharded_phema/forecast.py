@@ -11,7 +11,7 @@ from sharded_phema.fit import fit
 from sharded_phema.schedule import snapshot_times
 from sharded_phema.target import Target
 
-__all__ = ["Outlook", "outlook"]
+__all__ = ["Outlook", "check_at_end", "outlook"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,22 @@ def outlook(
     for name, value in (("snapshots", snapshots), ("length", length), ("parameters", parameters)):
         if not (math.isfinite(value) and value > 0):
             raise TargetError(f"{name} must be positive, found {value}", hint=f"give --{name} a number above 0")
-    for target in (*tracked, *targets):
+    check_at_end((*tracked, *targets))
+    sources = [target.profile(t) for t in snapshot_times(length, snapshots) for target in tracked]
+    fits = fit(sources, [target.profile(length) for target in targets])
+    size = round(4 * parameters) * snapshots * len(tracked)
+    return Outlook(snapshots, tuple(found.forecast for found in fits), size)
+
+
+def check_at_end(targets: Sequence[Target]) -> None:
+    """Prove that targets are read at the end of the run, which is what a plan looks at.
+
+    Raises:
+        TargetError: One has a time of its own.
+    """
+    for target in targets:
         if target.time is not None:
             raise TargetError(
                 f"{target.text}: a plan looks at the end of the run, and the target has a time of its own",
                 hint="leave @t=... out; use --length for a shorter run",
             )
-    sources = [target.profile(t) for t in snapshot_times(length, snapshots) for target in tracked]
-    fits = fit(sources, [target.profile(length) for target in targets])
-    size = round(4 * parameters) * snapshots * len(tracked)
-    return Outlook(snapshots, tuple(found.forecast for found in fits), size)

@@ -111,6 +111,11 @@ class PartRecord:
     norms: tuple[float, ...] = ()
     gaps: tuple[float, ...] = ()
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the part's tensor file says of itself, so that a swapped or stale one is told."""
+        return {key: str(getattr(self, key)) for key in ("run", "session", "snapshot", "rank")}
+
 
 def encode(record: RunRecord | SessionRecord | LayoutRecord | PartRecord) -> str:
     """JSON text of a record; :func:`decode` gives back an equal record, floats to the last bit."""

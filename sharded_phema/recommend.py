@@ -10,6 +10,7 @@ import numpy as np
 
 from sharded_phema.errors import ForecastError, TargetError, check_number
 from sharded_phema.fit import Problem, posed, solved
+from sharded_phema.forecast import check_at_end
 from sharded_phema.movement import STEADY
 from sharded_phema.profile import Power
 from sharded_phema.rounding import STORED_BYTES, rounding_noise
@@ -53,12 +54,7 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("length", "parameters", "tolerance", "stillness"):
             check_number(getattr(self, name), name, "above 0", lambda x: x > 0, f"give --{name} a number above 0")
-        for target in self.targets:
-            if target.time is not None:
-                raise TargetError(
-                    f"{target.text}: a plan looks at the end of the run, and the target has a time of its own",
-                    hint="leave @t=... out; use --length for a shorter run",
-                )
+        check_at_end(self.targets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ class Session:
 
     def __init__(self, root: Path, expected: RunRecord, layout: ShardLayout) -> None:
         self._root, self._layout = root, layout
-        self.record, self._parent, self._waiting = from_first(lambda: _opened(root, expected))
-        self._name = from_first(lambda: uuid.uuid4().hex[:12])
+        opened = from_first(lambda: (*_opened(root, expected), uuid.uuid4().hex[:12]))
+        self.record, self._parent, self._waiting, self._name = opened
         self._resumed_at = 0.0
         self.stored, self._started = 0, False
         self._last = (-math.inf, Path())  # when the last snapshot was taken, and where it lies

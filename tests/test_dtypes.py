@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from allocations import Allocations
 from builders import (
     LABELS,
     Free,
@@ -33,8 +34,6 @@ from builders import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from walks import walk_run
 
 from sharded_phema import PostHocEMA, reconstruct
@@ -263,33 +262,19 @@ def test_a_file_of_another_dtype_than_the_records_is_refused(tmp_path, dtype):
     assert "rank-00000.safetensors" in caught.value.message
 
 
-class Longest(TorchDispatchMode):
-    """Most bytes of a new tensor that any operation gives; aliases of older tensors do not count."""
-
-    found = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if type(a) is Tensor}
-        for tensor in tree_leaves(result):
-            if type(tensor) is Tensor and tensor.untyped_storage().data_ptr() not in known:
-                self.found = max(self.found, tensor.nbytes)
-        return result
-
-
 @every_dtype
 def test_nothing_made_while_writing_is_longer_than_a_chunk(tmp_path, dtype):
     # Oracle: counting, of torch's tensors and of Python's memory. 12 MB in one tensor; float32 is not copied at all.
     (values,) = numbers([(1500, 2001)], 1)
-    with Longest():  # the first time, torch loads modules of its own
+    with Allocations():  # the first time, torch loads modules of its own
         tensors.write_tensors(tmp_path / "first", {"w:0": torch.ones(1)}, dtype, {})
-    with Longest() as made:
+    with Allocations() as made:
         tracemalloc.start()
         tensors.write_tensors(tmp_path / "file", {"w:0": torch.from_numpy(values)}, dtype, {})
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 10**6
-    assert made.found <= (0 if dtype == "float32" else 2 * tensors.CHUNK)
+    assert made.nbytes <= (0 if dtype == "float32" else 2 * tensors.CHUNK)
     assert same_bits(tensors_file(tmp_path / "file")["w:0"], rounded(values, dtype))
 
 

@@ -6,12 +6,12 @@ import os
 import signal
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from allocations import Allocations
 from models import Trainer, gathered, inputs, make_model, shard
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_phema.errors import ModelMismatch, OrderError, PhemaError
 from sharded_phema.posthoc import PostHocEMA
@@ -120,24 +119,6 @@ def test_with_bfloat16_compute_the_float32_masters_are_averaged(tmp_path) -> Non
     assert_same(assembled([found for found, _ in results], model), assembled([pieces(ema)], model))
 
 
-class Allocations(TorchDispatchMode):
-    """Largest new tensor that any operation gives, in elements; aliases of older tensors do not count."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in flat((args, kwargs)) if type(a) is Tensor}
-        for tensor in flat(result):
-            if type(tensor) is Tensor and tensor.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
-def flat(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
-
-
 def frugal_body(root: Path, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     model = nn.Sequential(nn.Linear(1500, 2001, bias=False), nn.Linear(3, 1)).to(dtype)
     fully_shard(model)
@@ -152,7 +133,7 @@ def frugal_body(root: Path, dtype: torch.dtype) -> tuple[int, int, int, int, int
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert dist.get_world_size() > 1 and 4 * full > 10**7
-    return collectives.get_total_counts(), more.get_total_counts(), update.largest, snapshot.largest, peak
+    return collectives.get_total_counts(), more.get_total_counts(), update.elements, snapshot.elements, peak
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (4, torch.bfloat16)])

@@ -128,13 +128,12 @@ class Snapshot:
         tensor = names.tensor_name(self.record.averages[average], self.record.parameters[parameter].name)
         path = names.tensors_path(self.folder, rank)
         metadata, ranges = tensor_table(path, part.size)
-        identity = {key: str(getattr(part, key)) for key in ("run", "session", "snapshot", "rank")}
         code, kind = DTYPES[self.record.dtype]
         found, begin, end = ranges.get(names.box_key(tensor, number), ("nothing", 0, 0))
-        if metadata != identity or found != code or end - begin != kind.itemsize * stored.numel:
+        if metadata != part.identity or found != code or end - begin != kind.itemsize * stored.numel:
             raise StoreError(
-                f"{path}: not the tensors that its record names: expected {identity} with {stored.numel} elements of "
-                f"{tensor} in {code}, found {metadata} with {end - begin} bytes of {found}",
+                f"{path}: not the tensors that its record names: expected {part.identity} with {stored.numel} elements "
+                f"of {tensor} in {code}, found {metadata} with {end - begin} bytes of {found}",
                 hint="the file was swapped or is stale; restore it from a backup",
             )
         return path, begin

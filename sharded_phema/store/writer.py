@@ -115,9 +115,8 @@ class _PartWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         items, keys = plan.items, _keys(plan.items)
         tensors = {key: _resolved(planner, item) for key, item in zip(keys, items, strict=True)}
-        identity = {key: str(getattr(self._part, key)) for key in ("run", "session", "snapshot", "rank")}
         path = names.tensors_path(self._folder, self._part.rank)
-        place(path, lambda temporary: write_tensors(temporary, tensors, self._dtype, identity))
+        place(path, lambda temporary: write_tensors(temporary, tensors, self._dtype, self._part.identity))
         part = replace(self._part, size=path.stat().st_size)
         write_text(names.part_path(self._folder, part.rank), encode(part))
         width = DTYPES[self._dtype][1].itemsize
