@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the store's records use Box and are read without torch
     from torch import Tensor
@@ -14,12 +14,17 @@ __all__ = [
     "Box",
     "ParamShard",
     "ShardLayout",
+    "TensorKind",
     "boxes_of_flat_range",
     "canonical_name",
+    "cut",
     "flattened",
     "intersection",
     "whole",
 ]
+
+TensorKind = Literal["trained", "frozen", "buffer"]
+"""A parameter that requires gradients, one that does not, or a persistent buffer."""
 
 _WRAPPER_SEGMENTS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
 
@@ -44,26 +49,30 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class ParamShard:
-    """One rank's live piece of one parameter.
+    """One rank's live piece of one parameter or buffer.
 
     Attributes:
         name: Name in the unwrapped model, free of wrapper segments.
-        global_shape: Shape of the whole parameter.
-        boxes: The blocks of the parameter that this rank holds; empty for an empty piece.
+        global_shape: Shape of the whole tensor.
+        boxes: The blocks of the tensor that this rank holds; none for an empty piece.
         local: Alias of the live storage. Its elements in row-major order are the
-            row-major contents of the boxes, end to end. Local, any dtype and device.
-        replica: Position of this rank among those that hold the same boxes. Exactly
-            one of them has 0, and that one writes the piece to disk.
+            row-major contents of the boxes, end to end. Local, any shape, dtype and device.
         current: Gives the storage that the model uses now; it is ``local`` unless
             somebody replaced the storage after the layout was made.
+        kind: What the tensor is to the training.
+        replica: Position of this rank among those that hold the same boxes. Exactly
+            one of them has 0, and that one writes the piece to disk. Found by ``replicas.settled``.
+        holders: How many ranks hold the same boxes. Found by ``replicas.settled``.
     """
 
     name: str
     global_shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     local: Tensor
-    replica: int
     current: Callable[[], Tensor]
+    kind: TensorKind = "trained"
+    replica: int = 0
+    holders: int = 1
 
 
 ShardLayout = tuple[ParamShard, ...]
@@ -124,6 +133,16 @@ def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> tuple[Bo
     closing = _inside_row(shape, last, 0, stop - last * row)
     full_rows = Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
     return (*opening, *((full_rows,) if first < last else ()), *closing)
+
+
+def cut(boxes: Sequence[Box], start: int, stop: int) -> tuple[Box, ...]:
+    """The elements ``[start, stop)`` of what some boxes hold end to end, as boxes of the same tensor."""
+    pieces: list[Box] = []
+    for box in boxes:
+        inner = boxes_of_flat_range(box.sizes, max(start, 0), min(stop, box.numel))
+        pieces += [Box(tuple(map(int.__add__, box.offsets, one.offsets)), one.sizes) for one in inner]
+        start, stop = start - box.numel, stop - box.numel
+    return tuple(pieces)
 
 
 def _inside_row(shape: Sequence[int], row: int, start: int, stop: int) -> tuple[Box, ...]:

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from sharded_phema.averages import Averages
-from sharded_phema.backends import backend_of
+from sharded_phema.backends import Backend, backend_of
 from sharded_phema.errors import OrderError, TargetError
-from sharded_phema.identity import check_cover, run_record
+from sharded_phema.identity import check_same_layout, run_record
+from sharded_phema.layout import ShardLayout
+from sharded_phema.replicas import settled, shared_out, spread
 from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
+from sharded_phema.scope import Buffers, scope_of
 from sharded_phema.session import Session
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import open_run
@@ -53,6 +56,13 @@ class PostHocEMA:
             ``"exponential:decay=0.9999"`` (per one unit of training time, whatever the rhythm of updates; also
             ``halflife=7000`` or ``tau=10000``, then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``,
             ``"uniform:start=75000"``.
+        optimizer: The optimizer, where the model itself does not tell who keeps its float32 masters: the ZeRO
+            optimizer beside a module that is not its engine, as the callbacks of the Hugging Face Trainer are given.
+        include: Patterns, as of file names, of the parameters to average. Others are copied into each snapshot as
+            they are. Parameters that require no gradients are stored once, and again where they change.
+        exclude: Patterns of parameters that are copied instead of averaged or stored once.
+        buffers: ``"copy"`` persistent buffers into each snapshot, ``"average"`` those of a floating dtype and copy
+            the others, or ``"omit"`` them.
 
     Raises:
         TargetError: A width, profile, rhythm or dtype is impossible, or an average is asked for twice.
@@ -74,14 +84,21 @@ class PostHocEMA:
         start: float = 0,
         dtype: str = "float32",
         profiles: Sequence[str | float] = (),
+        optimizer: Any = None,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        buffers: Buffers = "copy",
     ) -> None:
         check_dtype(dtype)
         self.root = Path(root)
-        self._model = model
+        self._model, self._optimizer = model, optimizer
         self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
         self._tracked = tracked_set(_asked(sigma_rels, profiles), self._schedule.start)
-        self._backend, self._layout = agree(lambda: _mapped(model))
-        check_cover(self._layout)
+        self._backend, held = agree(lambda: _mapped(model, optimizer))
+        check_same_layout(held)
+        held = settled(held)
+        scope = agree(lambda: scope_of(held, include, exclude, buffers))
+        self._layout, self._shared = shared_out(scope.averaged)
         expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout, dtype=dtype))
         self._session = Session(self.root, expected, self._layout)
         self._averages = Averages(self._layout, len(self._tracked.targets))
@@ -154,7 +171,7 @@ class PostHocEMA:
         self._busy = "the weights are swapped for an average"
         try:
             self._averages.copy_to_params_(index)
-            self._backend.publish(self._model)
+            self._publish()
             yield
         finally:
             self._put_back(saved)
@@ -251,7 +268,12 @@ class PostHocEMA:
     def _put_back(self, saved: Sequence[Tensor]) -> None:
         for shard, value in zip(self._layout, saved, strict=True):
             shard.local.copy_(value)
-        self._backend.publish(self._model)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Have the next forward use what every rank wrote into its own shards."""
+        spread(self._shared)
+        self._backend.publish(self._model, self._optimizer)
 
     def _check_ready(self, act: str) -> None:
         if self._busy:
@@ -259,9 +281,9 @@ class PostHocEMA:
         self._session.check_restored(act)
 
 
-def _mapped(model: Any) -> tuple[Any, Any]:
-    backend = backend_of(model)
-    return backend, backend.shard_layout(model)
+def _mapped(model: Any, optimizer: Any) -> tuple[Backend, ShardLayout]:
+    backend = backend_of(model, optimizer)
+    return backend, backend.shard_layout(model, optimizer)
 
 
 def _asked(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) -> list[str | float]:

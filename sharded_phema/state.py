@@ -51,7 +51,9 @@ def state_of(clock: Clock, averages: Averages) -> dict[str, Any]:
 
 def _tensor(shard: ParamShard) -> Tensor:
     # A parameter that is whole on this rank stays an ordinary tensor, so that torch.save takes it too.
-    return shard.local if shard.boxes == (whole(shard.global_shape),) else BoxTensor.of(shard)
+    if shard.boxes == (whole(shard.global_shape),):
+        return shard.local.view(shard.global_shape)
+    return BoxTensor.of(shard)
 
 
 @torch.no_grad()

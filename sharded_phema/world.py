@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["agree", "from_first", "gather", "launch_rank", "launched", "rank_and_size"]
+__all__ = ["agree", "broadcast", "from_first", "gather", "launch_rank", "launched", "rank_and_size"]
 
 T = TypeVar("T")
 
@@ -52,6 +53,12 @@ def from_first(attempt: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
+
+
+def broadcast(tensor: Tensor, source: int) -> None:
+    """Fill a contiguous tensor on every rank with what it holds on one."""
+    if _grouped():
+        dist.broadcast(tensor, src=source)
 
 
 def launch_rank() -> int:

@@ -124,7 +124,7 @@ def shard(name: str, array: np.ndarray, boxes: Sequence[Box], replica: int = 0) 
     """A shard that holds the boxes of a whole array, end to end."""
     flat = np.concatenate([np.empty(0, np.float32), *(array[box.slices].ravel() for box in boxes)])
     local = torch.from_numpy(flat.astype(np.float32))
-    return ParamShard(name, array.shape, tuple(boxes), local, replica, lambda: local)
+    return ParamShard(name, array.shape, tuple(boxes), local, lambda: local, replica=replica)
 
 
 def numbers(shapes: Sequence[tuple[int, ...]], seed: int) -> list[np.ndarray]:

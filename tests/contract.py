@@ -8,13 +8,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from sharded_phema.backends import Backend
 from sharded_phema.layout import ParamShard
+from sharded_phema.replicas import settled
 from sharded_phema.world import gather
 
 
-def check_contract(backend: Backend, model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Check the promises for a sharded model, given the parameters of the same model unsharded, by name."""
+def check_contract(backend: Backend, model: nn.Module, whole: dict[str, Tensor], optimizer: object = None) -> None:
+    """Check the promises for a sharded model, given parameters and buffers of the same model unsharded, by name."""
     with CommDebugMode() as collectives:
-        layout = backend.shard_layout(model)
+        layout = backend.shard_layout(model, optimizer)
     assert collectives.get_total_counts() == 0
 
     names = [shard.name for shard in layout]
@@ -25,7 +26,7 @@ def check_contract(backend: Backend, model: nn.Module, whole: dict[str, Tensor])
         assert shard.global_shape == tuple(whole[shard.name].shape)
         assert torch.equal(shard.local.reshape(-1), cut(whole[shard.name], shard)), shard.name
         assert shard.current().data_ptr() == shard.local.data_ptr()
-    check_cover(gather([(shard.name, shard.global_shape, shard.boxes, shard.replica) for shard in layout]))
+    check_cover(gather([(shard.name, shard.global_shape, shard.boxes, shard.replica) for shard in settled(layout)]))
 
 
 def cut(tensor: Tensor, shard: ParamShard) -> Tensor:
@@ -45,17 +46,17 @@ def check_cover(ranks: list[list[tuple]]) -> None:
         assert held.eq(1).all(), f"{name}: {math.prod(shape)} elements, held {held.unique().tolist()} times"
 
 
-def check_live(backend: Backend, model: nn.Module, inputs: Tensor) -> None:
+def check_live(backend: Backend, model: nn.Module, inputs: Tensor, optimizer: object = None) -> None:
     """A write through ``local`` shows in the next forward, and writing back undoes it bit for bit."""
     with torch.no_grad():
         before = model(inputs)
-        layout = backend.shard_layout(model)
+        layout = backend.shard_layout(model, optimizer)
         saved = [shard.local.clone() for shard in layout]
         for shard in layout:
             shard.local.mul_(1.5)
-        backend.publish(model)
+        backend.publish(model, optimizer)
         assert not torch.equal(model(inputs), before)
         for shard, value in zip(layout, saved, strict=True):
             shard.local.copy_(value)
-        backend.publish(model)
+        backend.publish(model, optimizer)
         assert torch.equal(model(inputs), before)

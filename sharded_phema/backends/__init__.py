@@ -12,14 +12,18 @@ __all__ = ["Backend", "backend_of"]
 _BACKENDS = (fsdp2.BACKEND, plain.BACKEND)
 
 
-def backend_of(model: object) -> Backend:
+def backend_of(model: object, optimizer: object = None) -> Backend:
     """The first backend that knows ``model``.
+
+    Args:
+        model: A module, or an engine around it.
+        optimizer: The optimizer, where the model does not tell who keeps its float32 masters.
 
     Raises:
         UnsupportedModel: None does.
     """
     for backend in _BACKENDS:
-        if backend.knows(model):
+        if backend.knows(model, optimizer):
             return backend
     raise UnsupportedModel(
         f"expected a torch.nn.Module, plain or sharded with fully_shard, found {type(model).__qualname__}",

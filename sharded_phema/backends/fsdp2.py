@@ -6,72 +6,70 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from sharded_phema.backends.contract import Backend
+from sharded_phema.backends.contract import Backend, held_whole, kind_of, persistent_buffers
 from sharded_phema.errors import UnsupportedModel
-from sharded_phema.layout import Box, ParamShard, ShardLayout, canonical_name, whole
-from sharded_phema.world import rank_and_size
+from sharded_phema.layout import Box, ParamShard, ShardLayout, TensorKind, canonical_name
 
 __all__ = ["BACKEND", "box_on_mesh"]
 
 
-def _knows(model: object) -> bool:
+def _knows(model: object, optimizer: object) -> bool:
     if not isinstance(model, nn.Module):
         return False
     units = any(isinstance(module, FSDPModule) for module in model.modules())
     return units or any(isinstance(param, DTensor) for param in model.parameters())
 
 
-def shard_layout(model: nn.Module) -> ShardLayout:
-    """Every parameter's local shard; a parameter that is no DTensor is held whole by every rank.
+def shard_layout(model: nn.Module, optimizer: object) -> ShardLayout:
+    """Every tensor's local shard; one that is no DTensor is held whole by every rank.
 
     Raises:
-        UnsupportedModel: A placement other than Shard and Replicate, or a mesh that leaves ranks out.
+        UnsupportedModel: A placement other than Shard and Replicate.
     """
     # After a forward without backward, FSDP leaves the root's parameters unsharded, and
     # named_parameters() then shows the temporary full weights instead of the shards.
-    publish(model)
-    return tuple(_piece(model, name, param) for name, param in model.named_parameters())
+    publish(model, optimizer)
+    params = [_piece(model, path, param, kind_of(param)) for path, param in model.named_parameters()]
+    return (*params, *(_piece(model, path, buffer, "buffer") for path, buffer in persistent_buffers(model)))
 
 
-def publish(model: nn.Module) -> None:
+def publish(model: nn.Module, optimizer: object) -> None:
     """Drop gathered weights, so that the next forward gathers the shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _piece(model: nn.Module, path: str, param: nn.Parameter) -> ParamShard:
+def _piece(model: nn.Module, path: str, tensor: Tensor, kind: TensorKind) -> ParamShard:
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+
     def current() -> Tensor:
-        found = model.get_parameter(path)
+        found = getattr(module, name)
         # While FSDP has a unit gathered, the module shows a temporary; the shard is the parameter seen first.
-        shard = param if isinstance(param, DTensor) and not isinstance(found, DTensor) else found
+        shard = tensor if isinstance(tensor, DTensor) and not isinstance(found, DTensor) else found
         return shard.to_local().detach() if isinstance(shard, DTensor) else shard.detach()
 
-    name, shape, local, rank = canonical_name(path), tuple(param.shape), current(), rank_and_size()[0]
-    if not isinstance(param, DTensor):
-        return ParamShard(name, shape, (whole(shape),), local, rank, current)
-    box, replica = _place(name, param)
+    if not isinstance(tensor, DTensor):
+        return held_whole(path, kind, current)
+    name_, shape, local = canonical_name(path), tuple(tensor.shape), current()
+    box = _place(name_, tensor)
     if box.sizes != tuple(local.shape) and local.numel():
         raise UnsupportedModel(
-            f"{name}: placements {param.placements} mean a shard of {box.sizes}, the model holds {tuple(local.shape)}",
+            f"{name_}: placements {tensor.placements} mean a shard of {box.sizes}, "
+            f"the model holds {tuple(local.shape)}",
             hint="shard the parameter with torch's own fully_shard or distribute_tensor",
         )
-    return ParamShard(name, shape, (box,) if box.numel or not param.numel() else (), local, replica, current)
+    return ParamShard(name_, shape, (box,) if box.numel or not tensor.numel() else (), local, current, kind)
 
 
-def _place(name: str, param: DTensor) -> tuple[Box, int]:
+def _place(name: str, param: DTensor) -> Box:
     mesh, placements = param.device_mesh, param.placements
     # isinstance is not enough: torch's strided shards have offsets of their own.
     if strange := [p for p in placements if type(p) not in (Shard, Replicate)]:
         raise UnsupportedModel(
             f"{name}: placement {strange[0]} on mesh {mesh} cannot be mapped; expected Shard or Replicate",
             hint="tensor parallelism combined with FSDP is not supported yet; shard on one axis, or use HSDP",
-        )
-    size = rank_and_size()[1]
-    if mesh.size() != size:
-        raise UnsupportedModel(
-            f"{name}: its mesh {mesh} has {mesh.size()} ranks, the world has {size}; who writes it is unknown",
-            hint="give fully_shard a mesh that covers every rank",
         )
     axes = tuple(p.dim if isinstance(p, Shard) else None for p in placements)
     coordinate = mesh.get_coordinate()
@@ -81,8 +79,8 @@ def _place(name: str, param: DTensor) -> tuple[Box, int]:
 
 def box_on_mesh(
     shape: tuple[int, ...], axes: tuple[int | None, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...]
-) -> tuple[Box, int]:
-    """The box that a DTensor keeps at one place of its mesh, and its position among equal boxes.
+) -> Box:
+    """The box that a DTensor keeps at one place of its mesh.
 
     Each mesh axis in turn cuts its dimension into pieces of ``ceil(length / ranks)``, so
     that the last pieces may be short or empty.
@@ -92,20 +90,16 @@ def box_on_mesh(
         axes: For each mesh axis the tensor dimension that it shards, or None where it replicates.
         mesh: Ranks along each mesh axis.
         coordinate: Place on the mesh.
-
-    Returns:
-        The box, and the replica number: 0 at the origin of all replicating axes.
     """
-    offsets, sizes, replica = [0] * len(shape), list(shape), 0
+    offsets, sizes = [0] * len(shape), list(shape)
     for dim, ranks, place in zip(axes, mesh, coordinate, strict=True):
         if dim is None:
-            replica = replica * ranks + place
             continue
         step = -(-sizes[dim] // ranks)
         begin = min(place * step, sizes[dim])
         offsets[dim] += begin
         sizes[dim] = min(step, sizes[dim] - begin)
-    return Box(tuple(offsets), tuple(sizes)), replica
+    return Box(tuple(offsets), tuple(sizes))
 
 
 BACKEND = Backend("fsdp2", _knows, shard_layout, publish)

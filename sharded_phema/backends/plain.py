@@ -1,19 +1,20 @@
-"""Modules that nobody shards: every process holds every parameter, and the first of them writes."""
+"""Modules that nobody shards: every process holds every tensor, as DistributedDataParallel keeps them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_phema.backends.contract import Backend
-from sharded_phema.layout import ParamShard, ShardLayout, canonical_name, whole
-from sharded_phema.world import rank_and_size
+from sharded_phema.backends.contract import Backend, held_whole, kind_of, persistent_buffers
+from sharded_phema.layout import ParamShard, ShardLayout
 
 __all__ = ["BACKEND"]
 
 
-def _knows(model: object) -> bool:
+def _knows(model: object, optimizer: object) -> bool:
     return isinstance(model, nn.Module) and not any(map(_shards, model.modules())) and not _partitioned(model)
 
 
@@ -26,27 +27,39 @@ def _partitioned(model: nn.Module) -> bool:
     return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
-def shard_layout(model: nn.Module) -> ShardLayout:
-    """Every parameter whole, as this process's only box.
+def shard_layout(model: nn.Module, optimizer: object) -> ShardLayout:
+    """Every tensor whole, as this process's only box.
 
     Args:
-        model: A module, or one inside DistributedDataParallel.
+        model: A module, or one inside DistributedDataParallel or torch.compile.
+        optimizer: Not asked.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return tuple(_piece(inner, name) for name, _ in inner.named_parameters())
+    inner = _unwrapped(model)
+    params = [_piece(inner, path, param) for path, param in inner.named_parameters()]
+    return (*params, *(_buffer(inner, path) for path, _ in persistent_buffers(inner)))
 
 
-def _piece(model: nn.Module, name: str) -> ParamShard:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _piece(model: nn.Module, path: str, param: nn.Parameter) -> ParamShard:
+    # Asked of the module each time, so that a parameter put in the place of another is noticed.
+    return held_whole(path, kind_of(param), lambda: model.get_parameter(path).detach())
+
+
+def _buffer(model: nn.Module, path: str) -> ParamShard:
     def current() -> Tensor:
-        # Asked of the module each time, so that a parameter put in the place of another is noticed.
-        return model.get_parameter(name).detach()
+        return model.get_buffer(path).detach()
 
-    local = current()
-    shape = tuple(local.shape)
-    return ParamShard(canonical_name(name), shape, (whole(shape),), local, rank_and_size()[0], current)
+    return held_whole(path, "buffer", current)
 
 
-def _nothing_to_publish(model: nn.Module) -> None:
+def _nothing_to_publish(model: nn.Module, optimizer: object) -> None:
     """The parameters are the weights that forward reads."""
 
 
