@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sharded_phema.averages import Averages
 from sharded_phema.backends import Backend, backend_of
 from sharded_phema.errors import OrderError, TargetError
 from sharded_phema.identity import check_same_layout, run_record
 from sharded_phema.layout import ShardLayout
-from sharded_phema.replicas import settled, shared_out, spread
+from sharded_phema.per_tensor import Wanted, parse_outputs
+from sharded_phema.recipe import plan_rebuild
+from sharded_phema.replicas import settled, shared_out
 from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
 from sharded_phema.scope import Buffers, scope_of
 from sharded_phema.session import Session
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import open_run
-from sharded_phema.target import Target, parse_target
+from sharded_phema.sums import fill_shards
+from sharded_phema.swap import weights_swapped
+from sharded_phema.target import parse_target
 from sharded_phema.tracked import tracked_set
-from sharded_phema.world import agree
+from sharded_phema.world import agree, from_first, gather
 
 __all__ = ["PostHocEMA"]
 
@@ -154,27 +156,33 @@ class PostHocEMA:
         return self._session.snapshot(self._clock, self._averages_by_label())
 
     @contextmanager
-    def swapped(self, target: str | float | None = None, *, sigma_rel: float | None = None) -> Iterator[None]:
+    def swapped(
+        self, target: Wanted | None = None, *, sigma_rel: float | None = None, offload: bool = False
+    ) -> Iterator[None]:
         """Have the model compute with an average; its own weights are back, bit for bit, on any exit.
 
+        A tracked average is swapped in as it is now. Any other target is rebuilt from this run's snapshots, as of
+        the last one, each rank reading its own boxes. Every rank must swap. Buffers that are not averaged stay.
+
         Args:
-            target: A tracked average, as a target: ``0.10`` or ``"exponential:decay=0.9999"``.
+            target: ``0.10``, ``"exponential:decay=0.9999"``, ``"decay:linear:0.2"``, ``"0.07@t=5000"``, or a
+                mapping from patterns of parameter names to targets.
             sigma_rel: The same, as a width.
+            offload: Keep the model's own weights on the CPU meanwhile, where memory beside the shards is short.
 
         Raises:
-            OrderError: The average is not tracked, nothing was averaged yet, or a swap is under way.
+            OrderError: Nothing was averaged yet, or a swap is under way.
+            TargetError: The target is none, or cannot be rebuilt at its time.
+            StoreError: It is not tracked, and the snapshots are missing or damaged.
         """
         self._check_ready("swapped")
         self._averages.check_live()
-        index = self._index(parse_target(_one_of(target, sigma_rel)))
-        saved = [shard.local.clone() for shard in self._layout]
+        fill = self._filler(_one_of(target, sigma_rel))
         self._busy = "the weights are swapped for an average"
         try:
-            self._averages.copy_to_params_(index)
-            self._publish()
-            yield
+            with weights_swapped(self._layout, self._shared, fill, self._publish, offload=offload):
+                yield
         finally:
-            self._put_back(saved)
             self._busy = ""
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,20 +267,27 @@ class PostHocEMA:
         self._clock = restored
         self._session.continue_at(restored.t)
 
-    def _index(self, wanted: Target) -> int:
+    def _filler(self, wanted: Wanted) -> Callable[[], object]:
+        """What writes the wanted average into the local shards."""
         if self._clock.start == math.inf:
             raise OrderError("swapped: nothing was averaged yet", hint="call update() after the first optimizer step")
-        return self._tracked.index(wanted)
-
-    @torch.no_grad()
-    def _put_back(self, saved: Sequence[Tensor]) -> None:
-        for shard, value in zip(self._layout, saved, strict=True):
-            shard.local.copy_(value)
-        self._publish()
+        index = None if isinstance(wanted, Mapping) else self._tracked.find(parse_target(wanted))
+        if index is not None:
+            return partial(self._averages.copy_to_params_, index)
+        outputs = parse_outputs([wanted])
+        gather(None)  # after this, the last snapshot is on disk whole
+        run = agree(self._session.run)
+        if not run.snapshots:
+            raise OrderError(
+                f"swapped: {wanted} is not tracked; this run tracks {list(self._tracked.asked)}, and has stored no "
+                "snapshot from which it could be rebuilt",
+                hint="swap one of those, or call ema.snapshot() first",
+            )
+        plan = plan_rebuild(run, outputs, once=from_first)
+        return lambda: agree(lambda: fill_shards(plan, self._layout))
 
     def _publish(self) -> None:
-        """Have the next forward use what every rank wrote into its own shards."""
-        spread(self._shared)
+        """Have the next forward use what was written into the shards."""
         self._backend.publish(self._model, self._optimizer)
 
     def _check_ready(self, act: str) -> None:
@@ -297,7 +312,7 @@ def _asked(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) 
     return [*widths, *profiles]
 
 
-def _one_of(target: str | float | None, sigma_rel: float | None) -> str | float:
+def _one_of(target: Wanted | None, sigma_rel: float | None) -> Wanted:
     given = [value for value in (target, sigma_rel) if value is not None]
     if len(given) != 1:
         raise OrderError(f"swapped takes one average, found {len(given)}", hint="for example swapped(sigma_rel=0.10)")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sharded_phema.errors import OutputError
@@ -18,24 +17,22 @@ from sharded_phema.fit import Metric
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild, recipe_text
 from sharded_phema.select import Tolerance
-from sharded_phema.source import MovementWish
+from sharded_phema.source import MovementWish, Source
 from sharded_phema.store import open_run
+from sharded_phema.sums import BLOCK, Sums, one_thread
 from sharded_phema.world import agree, from_first, rank_and_size
 
-__all__ = ["BLOCK", "Blocks", "reconstruct"]
-
-BLOCK = 1 << 17
-"""Elements that are rebuilt at a time. The grid of blocks starts at each parameter and
-does not depend on the number of processes, so that the result does not either."""
-
-GROUP = 16
-"""Stored averages that are summed in one matrix product; a block of each is held at a time (16 MiB in all)."""
+__all__ = ["Blocks", "reconstruct"]
 
 T = TypeVar("T")
 
 
 class Blocks(Iterable[None]):
-    """The blocks of one process; iterating rebuilds and writes one after another."""
+    """The blocks of one process; iterating rebuilds and writes one after another.
+
+    The grid of blocks starts at each parameter and does not depend on the number of processes, so that the result
+    does not either.
+    """
 
     def __init__(self, plan: Plan, files: TensorFiles, folders: Sequence[Path]) -> None:
         self._plan, self._files, self._folders = plan, files, folders
@@ -48,55 +45,19 @@ class Blocks(Iterable[None]):
         return len(self._mine)
 
     def __iter__(self) -> Iterator[None]:
-        rebuilt = _Sums(self._plan)
+        rebuilt = Sums(self._plan)
         for parameter, start, stop in self._mine:
             choice = [output.choice[parameter] for output in self._plan.outputs]
             targets = sorted(set(choice))
-            values = rebuilt(targets, parameter, start, stop)
+            values = rebuilt(targets, stop - start, partial(_read, parameter, start))
             record, place = self._plan.run.record.parameters[parameter], self._files.places[parameter]
             for folder, target in zip(self._folders, choice, strict=True):
                 self._files.write(folder, record, place, start, values[targets.index(target)])
             yield
 
 
-class _Sums:
-    """Rebuilds blocks in buffers that are made once: fresh ones would cost more than the arithmetic.
-
-    A block is a matrix product in float64 over GROUP sources at a time. Blocks, groups and their order
-    are the same however the work was divided, and so is every element, bit for bit.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._read = torch.empty(BLOCK, dtype=torch.float32)
-        self._values = torch.empty(GROUP, BLOCK, dtype=torch.float64)
-        self._sums = torch.empty(len(plan.targets), BLOCK, dtype=torch.float64)
-
-    def __call__(self, targets: Sequence[int], parameter: int, start: int, stop: int) -> NDArray[np.float64]:
-        """Elements ``[start, stop)`` of one flattened parameter of some targets, valid until the next call."""
-        weights = self._plan.coefficients[:, targets]
-        used = np.flatnonzero(weights.any(axis=1))
-        sums = self._sums[: len(targets), : stop - start].zero_()
-        for first in range(0, len(used), GROUP):
-            group = used[first : first + GROUP]
-            values = self._values[: len(group), : stop - start]
-            for row, i in zip(values, group, strict=True):
-                source = self._plan.sources[i]
-                source.snapshot.fill_flat(source.average, parameter, start, self._read[: stop - start].numpy())
-                row.copy_(self._read[: stop - start])
-            sums.addmm_(torch.from_numpy(weights[group].T.copy()), values)
-        return sums.numpy()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrix products that do not depend on how many threads shared them; processes share the work instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _read(parameter: int, start: int, source: Source, out: NDArray[np.float32]) -> None:
+    source.snapshot.fill_flat(source.average, parameter, start, out)
 
 
 def reconstruct(
@@ -156,7 +117,7 @@ def reconstruct(
             files.create(stage / slug)
             (stage / slug / "phema.json").write_text(recipe_text(plan, index, dtype, metric))
 
-    with staged(out, create) as stage, _one_thread():
+    with staged(out, create) as stage, one_thread():
         for _ in progress(Blocks(plan, files, [stage / slug for slug in slugs])):  # type: ignore[arg-type]
             pass
     return plan

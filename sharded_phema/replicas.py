@@ -88,10 +88,12 @@ class Shared:
     """A tensor that every rank holds whole, and which elements of it each rank averages.
 
     Attributes:
+        name: The tensor's name.
         local: Alias of the whole tensor.
         ranges: Flat range of each rank; for a tensor that no flat view reaches all or nothing.
     """
 
+    name: str
     local: Tensor
     ranges: tuple[tuple[int, int], ...]
 
@@ -113,7 +115,7 @@ def shared_out(layout: ShardLayout) -> tuple[ShardLayout, tuple[Shared, ...]]:
     for shard in everywhere:
         ranges = tuple(_ranges(shard, start, edges))
         parts[shard.name] = _narrowed(shard, *ranges[rank])
-        shared.append(Shared(shard.local, ranges))
+        shared.append(Shared(shard.name, shard.local, ranges))
         start += shard.local.numel()
     return tuple(parts.get(shard.name, shard) for shard in layout), tuple(shared) if size > 1 else ()
 

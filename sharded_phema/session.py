@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sharded_phema.errors import OrderError
@@ -12,7 +13,7 @@ from sharded_phema.identity import check_same_model
 from sharded_phema.layout import ShardLayout
 from sharded_phema.manifest import PartRecord, RunRecord, SessionRecord
 from sharded_phema.state import Clock
-from sharded_phema.store import create_run, open_run, run_exists, start_session, write_snapshot
+from sharded_phema.store import Run, create_run, open_run, run_exists, start_session, write_snapshot
 from sharded_phema.world import from_first, rank_and_size
 
 __all__ = ["Session"]
@@ -65,6 +66,18 @@ class Session:
     def lacks(self, t: float) -> bool:
         """Whether there is no snapshot of training time ``t`` yet."""
         return self._last[0] < t
+
+    def run(self) -> Run:
+        """The run as it stands now, without snapshots that this session, having resumed earlier, left behind.
+
+        Raises:
+            StoreError: The folder is damaged.
+        """
+        run = open_run(self._root)
+        if self._started:
+            return run
+        # What this session left behind is written down with its first snapshot only.
+        return replace(run, snapshots=tuple(s for s in run.snapshots if s.t <= self._resumed_at))
 
     def snapshot(self, clock: Clock, averages: Mapping[str, ShardLayout]) -> Path:
         """Store this rank's part of a snapshot unless there is one of this time. Called by every rank, no collective.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from sharded_phema.errors import OrderError, TargetError
+from sharded_phema.errors import TargetError
 from sharded_phema.target import Target, parse_targets
 from sharded_phema.width import gamma_of
 
@@ -42,20 +42,13 @@ class TrackedSet:
         """
         return [target.tracked(t, first).entering(last) for target in self.targets]
 
-    def index(self, wanted: Target) -> int:
-        """Place of an average, however it is spelled.
-
-        Raises:
-            OrderError: It is not tracked.
-            TargetError: It could not be.
-        """
-        recorded = _recorded(wanted, self.start)
-        if recorded not in self.targets:
-            raise OrderError(
-                f"swapped: {wanted.text} is not tracked; this run tracks {list(self.asked)}",
-                hint="swap one of those, or rebuild the other from snapshots with reconstruct",
-            )
-        return self.targets.index(recorded)
+    def find(self, wanted: Target) -> int | None:
+        """Place of an average, however it is spelled; None where it is not tracked."""
+        try:
+            recorded = _recorded(wanted, self.start)
+        except TargetError:  # windows and decays never are
+            return None
+        return self.targets.index(recorded) if recorded in self.targets else None
 
 
 def tracked_set(texts: Iterable[str | float], start: float) -> TrackedSet:

@@ -16,6 +16,7 @@ LAYERS = [
     {"select", "store"},
     {"export", "forecast", "identity", "replicas", "source", "state"},
     {"recipe", "recommend", "session"},
+    {"sums", "swap"},
     {"posthoc", "rebuild"},
     {"plot", "tables", "integrations"},
     {"cli"},

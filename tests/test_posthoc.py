@@ -410,8 +410,8 @@ def test_swapped_takes_one_average(trained, arguments):
         pass
 
 
-@pytest.mark.parametrize("target", [0.07, "window:0.2", "0.05@t=10", "power:gamma=7"])
-def test_swapping_in_what_is_not_tracked_is_refused_and_leaves_the_weights(trained, target):
+@pytest.mark.parametrize("target", ["0.05@t=10", "0.5", "nonsense", "window:2", {"nothing.*": 0.1}, {}])
+def test_swapping_in_what_cannot_be_rebuilt_is_refused_and_leaves_the_weights(trained, target):
     model, ema, x = trained
     before = model(x)
     with pytest.raises(PhemaError) as caught, ema.swapped(target):
