@@ -14,7 +14,7 @@ from sharded_phema.fit import Fit, Problem, mirrored, posed, solved
 from sharded_phema.movement import STEADY, Movement
 from sharded_phema.profile import Profile
 
-__all__ = ["AUTO", "Tolerance", "select"]
+__all__ = ["AUTO", "Tolerance", "select", "spread"]
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -119,7 +119,7 @@ class _Factor:
 
     def _remake(self, active: Indices) -> None:
         self.active = self._members = active
-        self._coefficients, self._spread, self.squares = _spread(self._problem, active, self._which)
+        self._coefficients, self._spread, self.squares = spread(self._problem, active, self._which)
         self._gains = np.square(self._spread).sum(axis=1)  # |w_k|^2, kept up to date
         self._exact, self._first = self._gains.copy(), self._gains.copy()
 
@@ -154,7 +154,7 @@ class _Factor:
             self._remake(self.active)
 
 
-def _spread(problem: Problem, active: Indices, which: Indices) -> tuple[Array, Array, Array]:
+def spread(problem: Problem, active: Indices, which: Indices) -> tuple[Array, Array, Array]:
     """Coefficients (active, targets), W (active, active - 1) and squared errors (targets,) with the active sources."""
     design, goals = problem.design(active, which)
     floor = _ROUNDING * np.linalg.norm(design, axis=0).max()

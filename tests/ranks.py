@@ -4,7 +4,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing import connection, get_context
 from typing import Any
 
@@ -16,14 +16,17 @@ _mp = get_context("forkserver")
 _mp.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.testing"])
 
 
-def run_ranks(world_size: int, body: Callable[..., Any], *args: object, timeout: float = 120.0) -> list[Any]:
-    """Return what ``body(*args)`` returned on each rank, in rank order.
+def run_ranks(
+    world_size: int, body: Callable[..., Any], *args: object, timeout: float = 120.0, dying: Collection[int] = ()
+) -> list[Any]:
+    """Return what ``body(*args)`` returned on each rank, in rank order; None for a rank that was to die and did.
 
     Args:
         world_size: Number of processes.
         body: A module-level function; it finds the process group ready.
         args: Picklable arguments.
         timeout: Seconds for all ranks together.
+        dying: Ranks that may die; the others are heard to the end.
 
     Raises:
         AssertionError: A rank raised, died or hung. Names the rank, with its traceback.
@@ -38,14 +41,14 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: object, timeout:
             ends.append(here)
             workers.append(worker)
         try:
-            return _collect(ends, time.monotonic() + timeout)
+            return _collect(ends, time.monotonic() + timeout, dying)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.join()
 
 
-def _collect(ends: list[connection.Connection], deadline: float) -> list[Any]:
+def _collect(ends: list[connection.Connection], deadline: float, dying: Collection[int]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(ends):
         waiting = [end for rank, end in enumerate(ends) if rank not in results]
@@ -56,7 +59,7 @@ def _collect(ends: list[connection.Connection], deadline: float) -> list[Any]:
             try:
                 failed, value = pickle.loads(end.recv_bytes())
             except EOFError:
-                failed, value = True, "died without a traceback"
+                failed, value = rank not in dying, None if rank in dying else "died without a traceback"
             assert not failed, f"rank {rank} of {len(ends)}: {value}"
             results[rank] = value
     return [results[rank] for rank in range(len(ends))]

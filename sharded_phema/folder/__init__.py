@@ -1,0 +1,49 @@
+"""The folder that a run lies in, on a local disk or behind any URL that fsspec opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sharded_phema.folder.contract import Buffer, Entry, Folder, Want
+from sharded_phema.folder.flight import in_flight
+from sharded_phema.folder.local import LocalFolder
+
+__all__ = ["Buffer", "Entry", "Folder", "Want", "open_folder", "read_each"]
+
+LOCAL = ("file://", "local://")
+
+
+def open_folder(root: str | os.PathLike[str]) -> Folder:
+    """The folder at a path or URL, whether it exists or not. Nothing is read or made.
+
+    Args:
+        root: A path, which a later change of the working directory does not move, or a URL: ``file:///data/run``,
+            ``memory://run``, ``s3://bucket/run``, and any other that fsspec opens.
+
+    Raises:
+        StoreError: A package that the URL needs is missing, or its protocol is unknown.
+    """
+    url = os.fspath(root)
+    for prefix in LOCAL:
+        if url.startswith(prefix):
+            return LocalFolder(url, os.path.abspath(url.removeprefix(prefix)))
+    if "://" not in url:
+        return LocalFolder(url, os.path.abspath(url))
+    from sharded_phema.folder.remote import RemoteFolder
+
+    return RemoteFolder(url)
+
+
+def read_each(folder: Folder, names: Sequence[str], limit: int) -> tuple[bytes, ...]:
+    """Whole small files, several in flight: records by the thousand are not waited for one by one.
+
+    Args:
+        folder: Where they are.
+        names: The files.
+        limit: Bytes that each may have.
+
+    Raises:
+        StoreError: One of them is missing, larger, or cannot be read.
+    """
+    return in_flight(lambda name: folder.read(name, limit), names)
