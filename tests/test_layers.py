@@ -14,7 +14,7 @@ LAYERS = [
     {"quadrature", "target", "manifest", "kernels", "backends", "fingerprint", "scope"},
     {"fit", "averages", "per_tensor", "tracked"},
     {"select", "store"},
-    {"export", "forecast", "identity", "replicas", "source", "state"},
+    {"export", "forecast", "frozen", "identity", "replicas", "source", "state"},
     {"recipe", "recommend", "session"},
     {"sums", "swap"},
     {"posthoc", "rebuild"},
