@@ -2,6 +2,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 TORCHRUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2
 TARGETS := 0.02 0.03 0.05 0.07 0.10 0.13 0.15 0.18 0.20 0.23 0.26
+# DeepSpeed compiles these when they are first used, which takes minutes.
+BUILD := from deepspeed.accelerator import get_accelerator as device; \
+  [device().create_op_builder(op + 'Builder').load(verbose=False) for op in ('ShareMemComm', 'CPUAdam', 'FusedAdam')]
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test lint check bench clean
@@ -15,7 +18,7 @@ demo: .venv ## train on two processes, rebuild eleven widths, report (into runs/
 	$(TORCHRUN) -m sharded_phema reconstruct runs/demo/ema $(TARGETS) --out runs/demo/rebuilt
 	$(TORCHRUN) examples/digits/report.py runs/demo
 
-test: .venv ## all tests
+test: .venv .venv/.deepspeed ## all tests
 	$(PY) -m pytest -q
 
 lint: .venv ## format, lint rules, types
@@ -45,4 +48,16 @@ clean: ## remove runs/demo, caches and build artefacts; .venv stays
 	  { echo "error: $(PYTHON) cannot make virtual environments. hint: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,demo,plot]'
+	@touch $@
+
+# Apart from the rest, which needs no compiler. What an earlier build left is removed: one that was killed leaves a lock
+# behind, on which the next would wait for ever.
+.venv/.deepspeed: constraints.txt | .venv/.installed
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "error: the tests of DeepSpeed need a C++ compiler. hint: apt install g++" >&2; exit 1; }
+	@$(PY) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+	  { echo "error: the tests of DeepSpeed need the headers of Python. hint: apt install python3-dev" >&2; exit 1; }
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[deepspeed]'
+	rm -rf .venv/extensions
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/extensions PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -c "$(BUILD)"
 	@touch $@

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +16,41 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sharded_phema.errors import OutputError
-from sharded_phema.manifest import Parameter
-from sharded_phema.tensorfile import DTYPES, header_of
+from sharded_phema.manifest import Parameter, RawTensor
+from sharded_phema.tensorfile import DTYPES, header_of, torch_dtype
 from sharded_phema.world import agree, from_first, rank_and_size
 
-__all__ = ["TensorFiles", "byte_count", "staged", "tensor_files"]
+__all__ = ["Place", "TensorFiles", "byte_count", "staged", "tensor_files"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: its file, the byte of it at which its numbers begin, and its dtype there."""
+
+    file: str
+    begin: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class TensorFiles:
-    """Where each parameter of a model lies in the files of one output folder.
+    """Where each tensor of a model lies in the files of one output folder.
 
     Attributes:
-        dtype: Key into DTYPES.
         headers: First bytes of each file, by file name: everything before the numbers.
         sizes: Length of each file in bytes.
-        places: File and first byte of each parameter, in the model's order.
+        places: Place of each tensor: parameters in the model's order, then those that are written as they are.
         index: Text of the Hugging Face index file; empty where one file holds everything.
     """
 
-    dtype: str
     headers: dict[str, bytes]
     sizes: dict[str, int]
-    places: tuple[tuple[str, int], ...]
+    places: tuple[Place, ...]
     index: str
 
     def create(self, folder: Path) -> None:
@@ -55,8 +63,8 @@ class TensorFiles:
         if self.index:
             (folder / "model.safetensors.index.json").write_text(self.index)
 
-    def write(self, folder: Path, parameter: Parameter, place: tuple[str, int], start: int, values: NDArray) -> None:  # type: ignore[type-arg]
-        """Write elements of one flattened parameter, rounded to the dtype of the files.
+    def write(self, folder: Path, parameter: Parameter, place: Place, start: int, values: NDArray) -> None:  # type: ignore[type-arg]
+        """Write elements of one flattened parameter, rounded to the dtype of its place.
 
         Args:
             folder: Where ``create`` made the files.
@@ -68,53 +76,94 @@ class TensorFiles:
         Raises:
             OutputError: A number does not fit the dtype.
         """
-        numbers = torch.from_numpy(values).to(DTYPES[self.dtype][1])
+        numbers = torch.from_numpy(values).to(torch_dtype(place.dtype))
         if not torch.isfinite(numbers).all():
-            raise OutputError(
-                f"{parameter.name}: its largest magnitude {np.abs(values).max():.3g} does not fit {self.dtype}",
-                hint="write float32 or bfloat16, or look for non-finite weights in training",
-            )
-        name, first_byte = place
-        with (folder / name).open("r+b") as file:
-            file.seek(first_byte + start * numbers.element_size())
-            file.write(numbers.view(torch.uint8).numpy().data)
+            raise _too_large(parameter.name, float(np.abs(values).max()), place.dtype)
+        _write(folder, place, start, numbers)
+
+    def write_raw(self, folder: Path, tensor: RawTensor, place: Place, start: int, values: Tensor) -> None:
+        """Write elements of one flattened tensor that was stored as it is; infinities stay what they are.
+
+        Args:
+            folder: Where ``create`` made the files.
+            tensor: For messages.
+            place: The tensor's entry in ``places``.
+            start: First element.
+            values: In the tensor's own dtype, of shape (elements,).
+
+        Raises:
+            OutputError: A finite number does not fit another dtype.
+        """
+        numbers = values.to(torch_dtype(place.dtype))
+        if numbers is not values and bool((infinite := numbers.isinf() & values.isfinite()).any()):
+            raise _too_large(tensor.name, float(values[infinite].abs().max()), place.dtype)
+        _write(folder, place, start, numbers)
 
 
-def tensor_files(parameters: Sequence[Parameter], dtype: str, max_shard_bytes: int) -> TensorFiles:
-    """Lay parameters out in safetensors files, in order, a new file where the next would exceed the limit.
+def _write(folder: Path, place: Place, start: int, numbers: Tensor) -> None:
+    with (folder / place.file).open("r+b") as file:
+        file.seek(place.begin + start * numbers.element_size())
+        file.write(numbers.view(torch.uint8).numpy().data)
+
+
+def _too_large(name: str, magnitude: float, dtype: str) -> OutputError:
+    return OutputError(
+        f"{name}: its largest magnitude {magnitude:.3g} does not fit {dtype}",
+        hint="write float32 or bfloat16, or look for non-finite weights in training",
+    )
+
+
+def tensor_files(
+    parameters: Sequence[Parameter], dtype: str, max_shard_bytes: int, raw: Sequence[RawTensor] = ()
+) -> TensorFiles:
+    """Lay a model's tensors out in safetensors files, in order, a new file where the next would exceed the limit.
 
     The layout is a pure function of its arguments, so that any number of
     processes write the same bytes. Names follow Hugging Face.
 
     Args:
-        parameters: Names and shapes, in order.
-        dtype: A key of DTYPES.
-        max_shard_bytes: Limit of a file's numbers; a single larger parameter gets a file of its own.
+        parameters: Names and shapes of averaged parameters, in order.
+        dtype: What they are written in, a key of DTYPES.
+        max_shard_bytes: Limit of a file's numbers; a single larger tensor gets a file of its own.
+        raw: Tensors that were stored as they are, which follow. Parameters of a floating dtype are written in
+            ``dtype`` too; buffers, whole numbers and the 8-bit floats of quantized weights keep their own.
 
     Raises:
         OutputError: Unknown dtype.
     """
     if dtype not in DTYPES:
         raise OutputError(f"dtype: expected one of {sorted(DTYPES)}, found {dtype!r}", hint="try float32")
-    width = DTYPES[dtype][1].itemsize
-    groups: list[list[Parameter]] = [[]]
-    for parameter in parameters:
-        filled = sum(math.prod(p.shape) for p in groups[-1]) * width
-        if groups[-1] and filled + math.prod(parameter.shape) * width > max_shard_bytes:
-            groups.append([])
-        groups[-1].append(parameter)
+    tensors = {p.name: (p.shape, dtype) for p in parameters} | {r.name: (r.shape, _written(r, dtype)) for r in raw}
+    groups: list[dict[str, tuple[tuple[int, ...], str]]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = _bytes(*tensor)
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += size
     names = _file_names(len(groups))
-    headers = {
-        name: header_of({p.name: p.shape for p in group}, dtype, {"format": "pt"})
-        for name, group in zip(names, groups, strict=True)
-    }
-    places: list[tuple[str, int]] = []
-    sizes = {}
-    for name, group in zip(names, groups, strict=True):
-        ends = np.cumsum([0, *(math.prod(p.shape) * width for p in group)]).tolist()
-        places += [(name, len(headers[name]) + end) for end in ends[:-1]]
-        sizes[name] = len(headers[name]) + ends[-1]
-    return TensorFiles(dtype, headers, sizes, tuple(places), _index(names, groups, width) if len(names) > 1 else "")
+    headers, sizes = {}, {}
+    places: dict[str, Place] = {}
+    for file, group in zip(names, groups, strict=True):
+        headers[file], begins = header_of(group, {"format": "pt"})
+        sizes[file] = len(headers[file]) + sum(_bytes(*tensor) for tensor in group.values())
+        places |= {name: Place(file, begin, group[name][1]) for name, begin in begins.items()}
+    index = _index({name: places[name].file for name in tensors}, sum(_bytes(*t) for t in tensors.values()))
+    return TensorFiles(headers, sizes, tuple(places[name] for name in tensors), index if len(names) > 1 else "")
+
+
+def _written(tensor: RawTensor, dtype: str) -> str:
+    """What a tensor that was stored as it is is written in."""
+    own = torch_dtype(tensor.dtype)
+    # An 8-bit float means something only together with the scales that are stored beside it.
+    floating = own.is_floating_point and own.itemsize > 1
+    return dtype if tensor.kind == "parameter" and floating else tensor.dtype
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * torch_dtype(dtype).itemsize
 
 
 def _file_names(count: int) -> list[str]:
@@ -123,9 +172,7 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _index(names: Sequence[str], groups: Sequence[Sequence[Parameter]], width: int) -> str:
-    weight_map = {p.name: name for name, group in zip(names, groups, strict=True) for p in group}
-    total = sum(math.prod(p.shape) for group in groups for p in group) * width
+def _index(weight_map: Mapping[str, str], total: int) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 

@@ -14,7 +14,7 @@ __all__ = ["MODULUS", "fingerprints"]
 MODULUS = 1 << 64
 """Fingerprints of the pieces of a tensor add up, modulo this, to that of the tensor."""
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements that are looked at at a time."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,8 +27,9 @@ _LOW = (1 << 35) - 1
 def fingerprints(shards: Sequence[ParamShard]) -> list[int]:
     """The fingerprint of each shard: of the bits of its elements and their places in the whole tensor.
 
-    A tensor in which a single element changed always has another; otherwise two tensors that differ agree once in
-    about 2^64. Nothing that is made is longer than a chunk, and each device is waited for once. No collective.
+    A tensor in which a single bit changed always has another; otherwise two tensors that differ agree once in about
+    2^64. Nothing that is made is longer than a chunk, but for a copy of what is not contiguous, and each device is
+    waited for once. No collective.
     """
     sums = [_fingerprint(shard) for shard in shards]
     found = [0] * len(sums)
@@ -41,23 +42,22 @@ def fingerprints(shards: Sequence[ParamShard]) -> list[int]:
 
 def _fingerprint(shard: ParamShard) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=shard.local.device)
-    flat, start = _bits(shard.local), 0
+    flat, start = shard.local.reshape(-1), 0
     for box in shard.boxes:
         for first in range(0, box.numel, CHUNK):
             last = min(first + CHUNK, box.numel)
             places = _places(box, shard.global_shape, first, last, flat.device)
-            total += _mixed(flat[start + first : start + last], places)
+            total += _mixed(_bits(flat[start + first : start + last]), places)
         start += box.numel
     return total
 
 
-def _bits(local: Tensor) -> Tensor:
+def _bits(flat: Tensor) -> Tensor:
     """The bits of each element as an integer."""
-    flat = local.reshape(-1)
     if flat.element_size() in _BITS:
         return flat.view(_BITS[flat.element_size()])
     halves = torch.view_as_real(flat).view(torch.int64)  # complex128
-    return halves[:, 0] ^ (halves[:, 1] * _FIRST)
+    return halves[:, 0] ^ _folded(halves[:, 1] * _FIRST)
 
 
 def _places(box: Box, shape: Sequence[int], first: int, last: int, device: torch.device) -> Tensor:
@@ -74,6 +74,11 @@ def _places(box: Box, shape: Sequence[int], first: int, last: int, device: torch
 
 def _mixed(bits: Tensor, places: Tensor) -> Tensor:
     """Sum of a one-to-one mixture of each element's bits, another one for each place."""
-    mixed = places.mul_(_PLACE).bitwise_xor_(bits).mul_(_FIRST)
+    mixed = _folded(places.mul_(_PLACE).bitwise_xor_(bits)).mul_(_FIRST)
+    return _folded(mixed).mul_(_SECOND).sum()
+
+
+def _folded(mixed: Tensor) -> Tensor:
+    """Let the high bits reach the low ones, which multiplying alone does not: two signs flipped would cancel."""
     # Without the copies of the sign that the shift brings in, no two numbers become one.
-    return mixed.bitwise_xor_((mixed >> 29) & _LOW).mul_(_SECOND).sum()
+    return mixed.bitwise_xor_((mixed >> 29) & _LOW)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the store's records use Box and are read without torch
     from torch import Tensor
 
 __all__ = [
+    "TALLY_MODULUS",
     "Box",
     "ParamShard",
     "ShardLayout",
@@ -20,11 +21,15 @@ __all__ = [
     "cut",
     "flattened",
     "intersection",
+    "tally",
     "whole",
 ]
 
 TensorKind = Literal["trained", "frozen", "buffer"]
 """A parameter that requires gradients, one that does not, or a persistent buffer."""
+
+TALLY_MODULUS = (1 << 61) - 1
+"""Tallies of boxes add up, modulo this prime, to that of all their elements."""
 
 _WRAPPER_SEGMENTS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
 
@@ -143,6 +148,26 @@ def cut(boxes: Sequence[Box], start: int, stop: int) -> tuple[Box, ...]:
         pieces += [Box(tuple(map(int.__add__, box.offsets, one.offsets)), one.sizes) for one in inner]
         start, stop = start - box.numel, stop - box.numel
     return tuple(pieces)
+
+
+def tally(boxes: Sequence[Box]) -> int:
+    """A number for which elements of a tensor some boxes hold, and how often: the sum over all they hold.
+
+    So that boxes hold every element once exactly when their tallies add up to that of the whole tensor; others
+    do so by accident about once in 2^61 divided by the sum of the tensor's lengths.
+    """
+    return sum(math.prod(map(_powers, range(len(box.sizes)), box.offsets, box.sizes)) for box in boxes) % TALLY_MODULUS
+
+
+def _powers(dim: int, offset: int, size: int) -> int:
+    """Sum of the powers, from ``offset`` on, of one arbitrary number for each dimension.
+
+    An element's tally is the product of its indices' powers: a monomial of its own. Two sets of elements are two
+    polynomials, which agree at arbitrary points only by accident; and sums over boxes are geometric series.
+    """
+    base = 0x1B7E151628AED2A6 * (2 * dim + 3) % TALLY_MODULUS  # from the digits of e
+    series = (pow(base, size, TALLY_MODULUS) - 1) * pow(base - 1, -1, TALLY_MODULUS)
+    return pow(base, offset, TALLY_MODULUS) * series % TALLY_MODULUS
 
 
 def _inside_row(shape: Sequence[int], row: int, start: int, stop: int) -> tuple[Box, ...]:

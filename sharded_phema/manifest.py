@@ -13,9 +13,11 @@ from sharded_phema.layout import Box
 
 __all__ = [
     "VERSION",
+    "FrozenRecord",
     "LayoutRecord",
     "Parameter",
     "PartRecord",
+    "RawTensor",
     "RunRecord",
     "SessionRecord",
     "decode",
@@ -25,7 +27,7 @@ __all__ = [
 VERSION = 1
 """Version of the format; a reader refuses any other."""
 
-R = TypeVar("R", "RunRecord", "SessionRecord", "LayoutRecord", "PartRecord")
+R = TypeVar("R", "RunRecord", "SessionRecord", "LayoutRecord", "PartRecord", "FrozenRecord")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,25 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor of the unwrapped model that is stored as it is.
+
+    Attributes:
+        name: Its name.
+        shape: Its global shape.
+        dtype: Its own dtype, by torch's name.
+        kind: "parameter" or "buffer".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run averages; written once, when its folder is made.
+    """What a run stores of its model; written once, when its folder is made.
 
     Attributes:
         run: Random identity of the run.
@@ -46,6 +65,8 @@ class RunRecord:
         dtype: What the averages are rounded to in every snapshot: float32, float16 or bfloat16.
         averages: What each tracked average follows, spelled as a target, in order.
         parameters: Every averaged parameter, in the order of the layout.
+        copied: Tensors that every snapshot holds as they are, in the order of the layout.
+        frozen: Tensors that are stored as they are once, and again where they change.
     """
 
     run: str
@@ -53,6 +74,13 @@ class RunRecord:
     dtype: str = field(default="float32", kw_only=True)
     averages: tuple[str, ...]
     parameters: tuple[Parameter, ...]
+    copied: tuple[RawTensor, ...] = ()
+    frozen: tuple[RawTensor, ...] = ()
+
+    @property
+    def raw(self) -> tuple[RawTensor, ...]:
+        """All tensors that are stored as they are: the copied ones, then the frozen ones."""
+        return self.copied + self.frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +94,8 @@ class SessionRecord:
         resumed_at: Training time of the state that it continued from. Snapshots that
             earlier sessions took later than this belong to an abandoned timeline.
         world_size: Number of ranks, each of which writes a part of every snapshot.
+        frozen_from: The earlier session that held the frozen tensors which this one found stored; empty for none.
+        frozen_numbers: Which of its stores held the pieces of each of that session's ranks, as ``PartRecord.frozen``.
     """
 
     run: str
@@ -73,16 +103,58 @@ class SessionRecord:
     parent: str
     resumed_at: float
     world_size: int
+    frozen_from: str = ""
+    frozen_numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutRecord:
-    """The boxes that one rank stores in every snapshot of a session, by parameter in the run's order."""
+    """The boxes that one rank stores throughout a session, by tensor in the run's order.
+
+    Attributes:
+        run: Identity of the run.
+        session: The session.
+        rank: The rank.
+        boxes: Of each averaged parameter.
+        copied: Of each copied tensor.
+        frozen: Of each frozen tensor.
+        marks: Fingerprints of the rank's boxes of the frozen tensors, of the content that the session found stored;
+            empty where there was none, or other content than the rank's own.
+    """
 
     run: str
     session: str
     rank: int
     boxes: tuple[tuple[Box, ...], ...]
+    copied: tuple[tuple[Box, ...], ...] = ()
+    frozen: tuple[tuple[Box, ...], ...] = ()
+    marks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenRecord:
+    """One rank's frozen tensors as of one moment of a session.
+
+    Attributes:
+        run: Identity of the run.
+        session: The session that stored them.
+        number: Number of this store among the rank's own in the session, from 1.
+        rank: Who stored them.
+        size: Length of the tensor file in bytes.
+        marks: Fingerprint of the rank's boxes of each frozen tensor.
+    """
+
+    run: str
+    session: str
+    number: int
+    rank: int
+    size: int
+    marks: tuple[int, ...]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the tensor file says of itself, so that a swapped or stale one is told."""
+        return {"frozen": str(self.number)} | {key: str(getattr(self, key)) for key in ("run", "session", "rank")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +171,8 @@ class PartRecord:
         size: Length of the tensor file in bytes.
         norms: Squared norm of the rank's part of each average; empty where a number in it is not finite.
         gaps: The same of the difference of each pair of averages, in the order of ``itertools.combinations``.
+        frozen: Number of the rank's own store that holds its frozen tensors as they were then; 0 where they were
+            those that the session found stored.
     """
 
     run: str
@@ -110,6 +184,7 @@ class PartRecord:
     size: int
     norms: tuple[float, ...] = ()
     gaps: tuple[float, ...] = ()
+    frozen: int = 0
 
     @property
     def identity(self) -> dict[str, str]:
@@ -117,11 +192,11 @@ class PartRecord:
         return {key: str(getattr(self, key)) for key in ("run", "session", "snapshot", "rank")}
 
 
-def encode(record: RunRecord | SessionRecord | LayoutRecord | PartRecord) -> str:
+def encode(record: RunRecord | SessionRecord | LayoutRecord | PartRecord | FrozenRecord) -> str:
     """JSON text of a record; :func:`decode` gives back an equal record, floats to the last bit."""
     head = {"format": f"sharded_phema {type(record).__name__}", "version": VERSION}
-    # Boxes are many; the other records are read by people too.
-    indent = None if isinstance(record, LayoutRecord) else 1
+    # Boxes and fingerprints are many; the other records are read by people too.
+    indent = None if isinstance(record, LayoutRecord | FrozenRecord) else 1
     return json.dumps(head | dataclasses.asdict(record), allow_nan=False, indent=indent) + "\n"
 
 

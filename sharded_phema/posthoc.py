@@ -68,7 +68,7 @@ class PostHocEMA:
 
     Raises:
         TargetError: A width, profile, rhythm or dtype is impossible, or an average is asked for twice.
-        UnsupportedModel: A parameter cannot be mapped to local shards.
+        UnsupportedModel: A parameter cannot be mapped to local shards, or a tensor's dtype cannot be stored.
         ModelMismatch: The folder holds another model's run or one of another dtype, or the ranks hold different models.
 
     Source: Karras et al., arXiv:2312.02696, section 3.
@@ -101,8 +101,9 @@ class PostHocEMA:
         held = settled(held)
         scope = agree(lambda: scope_of(held, include, exclude, buffers))
         self._layout, self._shared = shared_out(scope.averaged)
-        expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, self._layout, dtype=dtype))
-        self._session = Session(self.root, expected, self._layout)
+        stored = (self._layout, shared_out(scope.copied)[0], shared_out(scope.frozen)[0])
+        expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, *stored, dtype=dtype))
+        self._session = Session(self.root, expected, *stored)
         self._averages = Averages(self._layout, len(self._tracked.targets))
         self._clock = Clock()
         self._busy = ""
@@ -147,6 +148,7 @@ class PostHocEMA:
             OrderError: Nothing was averaged yet, or the weights are swapped.
             StoreError: This rank's part cannot be written, or a number is too large for the run's dtype; earlier
                 snapshots are intact.
+            ModelMismatch: A buffer or frozen parameter has another shape or dtype than when this object was made.
         """
         self._check_ready("snapshot")
         self._averages.check_live()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharded_phema.errors import OutputError
-from sharded_phema.export import TensorFiles, byte_count, staged, tensor_files
+from sharded_phema.export import Place, TensorFiles, byte_count, staged, tensor_files
 from sharded_phema.fit import Metric
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild, recipe_text
@@ -36,7 +36,9 @@ class Blocks(Iterable[None]):
 
     def __init__(self, plan: Plan, files: TensorFiles, folders: Sequence[Path]) -> None:
         self._plan, self._files, self._folders = plan, files, folders
-        sizes = [math.prod(parameter.shape) for parameter in plan.run.record.parameters]
+        self._record = plan.run.record
+        shapes = [p.shape for p in self._record.parameters] + [r.shape for r in self._record.raw]
+        sizes = [math.prod(shape) for shape in shapes]
         grid = [(p, i, min(i + BLOCK, size)) for p, size in enumerate(sizes) for i in range(0, size, BLOCK)]
         rank, ranks = rank_and_size()
         self._mine = grid[len(grid) * rank // ranks : len(grid) * (rank + 1) // ranks]
@@ -45,15 +47,31 @@ class Blocks(Iterable[None]):
         return len(self._mine)
 
     def __iter__(self) -> Iterator[None]:
-        rebuilt = Sums(self._plan)
-        for parameter, start, stop in self._mine:
-            choice = [output.choice[parameter] for output in self._plan.outputs]
-            targets = sorted(set(choice))
-            values = rebuilt(targets, stop - start, partial(_read, parameter, start))
-            record, place = self._plan.run.record.parameters[parameter], self._files.places[parameter]
-            for folder, target in zip(self._folders, choice, strict=True):
-                self._files.write(folder, record, place, start, values[targets.index(target)])
+        rebuilt, averaged = Sums(self._plan), len(self._record.parameters)
+        for tensor, start, stop in self._mine:
+            place = self._files.places[tensor]
+            if tensor < averaged:
+                self._rebuild(rebuilt, tensor, place, start, stop)
+            else:
+                self._carry_over(tensor - averaged, place, start, stop)
             yield
+
+    def _rebuild(self, rebuilt: Sums, parameter: int, place: Place, start: int, stop: int) -> None:
+        choice = [output.choice[parameter] for output in self._plan.outputs]
+        targets = sorted(set(choice))
+        values = rebuilt(targets, stop - start, partial(_read, parameter, start))
+        for folder, target in zip(self._folders, choice, strict=True):
+            self._files.write(folder, self._record.parameters[parameter], place, start, values[targets.index(target)])
+
+    def _carry_over(self, index: int, place: Place, start: int, stop: int) -> None:
+        """Write what was stored as it is, as of the time of each output; each snapshot is read once."""
+        folders: dict[int, list[Path]] = {}
+        for folder, output in zip(self._folders, self._plan.outputs, strict=True):
+            folders.setdefault(self._plan.snapshot_of(output), []).append(folder)
+        for number, several in folders.items():
+            values = self._plan.run.snapshots[number].read_raw(index, start, stop)
+            for folder in several:
+                self._files.write_raw(folder, self._record.raw[index], place, start, values)
 
 
 def _read(parameter: int, start: int, source: Source, out: NDArray[np.float32]) -> None:
@@ -78,6 +96,9 @@ def reconstruct(
     Under torchrun every process rebuilds and writes its own part; the files have the
     same bytes for any number of processes. Nothing appears at ``out`` unless all of it does.
 
+    A folder holds the whole model: beside the averages what was copied into snapshots or stored once, as of the last
+    snapshot at or before the target's time (the latest, where its tensors have several).
+
     Args:
         root: Run folder.
         targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``. A mapping of
@@ -86,7 +107,9 @@ def reconstruct(
         out: Folder to make; a subfolder per target (``per-tensor`` for a mapping) holds ``model.safetensors`` and
             ``phema.json``.
         format: Only "safetensors": files, and an index where there are several, as Hugging Face reads them.
-        dtype: "float32", "bfloat16" or "float16"; sums are rounded to it at the very end.
+        dtype: "float32", "bfloat16" or "float16"; sums are rounded to it at the very end. Parameters that were not
+            averaged are written in it too if they are of a floating dtype of 16 bits or more; buffers and whole numbers
+            keep their own.
         max_shard_size: Limit of one file, such as "5GB".
         tolerance: Largest forecast error, relative to |raw weights - target|; as few stored averages are read as
             reach it, and it is an error if none do. "auto" takes 1e-3, or what rounding of the stored averages makes
@@ -109,7 +132,7 @@ def reconstruct(
     wanted, limit = parse_outputs(targets), byte_count(max_shard_size)
     run = agree(lambda: open_run(root))
     plan = plan_rebuild(run, wanted, tolerance=tolerance, metric=metric, movement=movement, once=from_first)
-    files = tensor_files(plan.run.record.parameters, dtype, limit)
+    files = tensor_files(run.record.parameters, dtype, limit, run.record.raw)
     slugs = [planned.output.slug for planned in plan.outputs]
 
     def create(stage: Path) -> None:

@@ -66,12 +66,23 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of the parameters of each source that some output uses, each read once."""
+        """Bytes of the averages of each source that some output uses, each read once.
+
+        What is stored as it is does not count: it is read once from one snapshot for each target's time.
+        """
         total, width = 0, STORED_BYTES[self.run.record.dtype]
         for index, parameter in enumerate(self.run.record.parameters):
             some = sorted({output.choice[index] for output in self.outputs})
             total += width * math.prod(parameter.shape) * int(np.any(self.coefficients[:, some] != 0, axis=1).sum())
         return total
+
+    def snapshot_of(self, output: PlannedOutput) -> int:
+        """The run's snapshot, by number, with the rest of the model as of an output's time.
+
+        That is the last one at or before the latest time of its targets, or the first one.
+        """
+        t = max(self.targets[index].t for index in output.choice)
+        return max([number for number, snapshot in enumerate(self.run.snapshots) if snapshot.t <= t], default=0)
 
 
 def plan_rebuild(

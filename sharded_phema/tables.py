@@ -40,8 +40,10 @@ def show_info(run: Run, *, as_json: bool) -> None:
         "averages": [_average(label) for label in record.averages],
         "parameters": len(record.parameters),
         "elements": run.numel,
+        "copied": len(record.copied),
+        "frozen": len(record.frozen),
         "snapshots": len(run.snapshots),
-        "bytes": sum(snapshot.size for snapshot in run.snapshots),
+        "bytes": sum(snapshot.size for snapshot in run.snapshots) + run.frozen_size,
         "unfinished": run.unfinished,
         "abandoned": run.abandoned,
     }

@@ -1,6 +1,14 @@
 """Settings that all tests share."""
 
 import os
+import sys
+from pathlib import Path
+
+# Before DeepSpeed is loaded, in the ranks too, which inherit them: no search for devices, and the operators that
+# ``make test`` compiled. DeepSpeed calls ninja to see whether they are up to date.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "extensions")))
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # Before numpy is loaded: many small solves on threads that spin for each other take ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

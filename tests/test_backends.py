@@ -1,13 +1,8 @@
 """Backends: the contract, for every kind of model that is supported, and refusals for those that are not."""
 
-import itertools
-import math
-
 import pytest
 import torch
 from contract import check_contract, check_live
-from hypothesis import given
-from hypothesis import strategies as st
 from models import inputs, make_model, shard
 from ranks import run_ranks
 from torch import nn
@@ -16,7 +11,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sharded_phema.backends import backend_of
-from sharded_phema.backends.fsdp2 import box_on_mesh
 from sharded_phema.errors import UnsupportedModel
 
 
@@ -123,19 +117,3 @@ def test_wrapper_segments_are_no_part_of_names() -> None:
     compiled = torch.compile(make_model())
     layout = backend_of(compiled).shard_layout(compiled, None)
     assert [shard.name for shard in layout] == list(whole_parameters())
-
-
-@given(
-    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
-    mesh=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
-    data=st.data(),
-)
-def test_boxes_of_all_places_of_a_mesh_cover_the_tensor_once_for_each_replica(shape, mesh, data) -> None:
-    """Oracle: counting every element by brute force."""
-    dims = st.one_of(st.none(), st.integers(0, len(shape) - 1))
-    axes = tuple(data.draw(dims) for _ in mesh)
-    held = torch.zeros(shape, dtype=torch.int64)
-    for place in itertools.product(*map(range, mesh)):
-        held[box_on_mesh(shape, axes, mesh, place).slices] += 1
-    replicas = math.prod(ranks for ranks, dim in zip(mesh, axes, strict=True) if dim is None)
-    assert held.eq(replicas).all()

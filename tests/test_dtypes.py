@@ -267,10 +267,10 @@ def test_nothing_made_while_writing_is_longer_than_a_chunk(tmp_path, dtype):
     # Oracle: counting, of torch's tensors and of Python's memory. 12 MB in one tensor; float32 is not copied at all.
     (values,) = numbers([(1500, 2001)], 1)
     with Allocations():  # the first time, torch loads modules of its own
-        tensors.write_tensors(tmp_path / "first", {"w:0": torch.ones(1)}, dtype, {})
+        tensors.write_tensors(tmp_path / "first", {"w:0": torch.ones(1)}, {"w:0": dtype}, {})
     with Allocations() as made:
         tracemalloc.start()
-        tensors.write_tensors(tmp_path / "file", {"w:0": torch.from_numpy(values)}, dtype, {})
+        tensors.write_tensors(tmp_path / "file", {"w:0": torch.from_numpy(values)}, {"w:0": dtype}, {})
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 10**6

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sharded_phema.errors import OutputError
 from sharded_phema.export import byte_count, staged, tensor_files
-from sharded_phema.manifest import Parameter
-from sharded_phema.tensorfile import DTYPES
+from sharded_phema.manifest import Parameter, RawTensor
+from sharded_phema.tensorfile import CODES, DTYPES, torch_dtype
 
 INDEX = "model.safetensors.index.json"
 
@@ -68,7 +68,7 @@ def test_files_parse_with_the_library_and_hold_torchs_rounding(parameters, dtype
 def test_the_index_covers_each_parameter_once_and_no_file_exceeds_the_limit(parameters, dtype, limit):
     files = tensor_files(parameters, dtype, limit)
     bytes_of = {p.name: math.prod(p.shape) * DTYPES[dtype][1].itemsize for p in parameters}
-    place_of = {p.name: file for p, (file, _) in zip(parameters, files.places, strict=True)}
+    place_of = {p.name: place.file for p, place in zip(parameters, files.places, strict=True)}
     held = {file: [name for name in place_of if place_of[name] == file] for file in files.sizes}
     for file, names in held.items():
         assert sum(map(bytes_of.get, names)) <= limit or len([name for name in names if bytes_of[name]]) == 1
@@ -92,10 +92,49 @@ def test_numbers_begin_at_a_multiple_of_8_bytes_and_lie_end_to_end(parameters, l
         assert int.from_bytes(header[:8], "little") == len(header) - 8
         assert json.loads(header[8:])["__metadata__"] == {"format": "pt"}
     ends = {file: len(header) for file, header in files.headers.items()}
-    for parameter, (file, begin) in zip(parameters, files.places, strict=True):
-        assert begin == ends[file]
-        ends[file] += 4 * math.prod(parameter.shape)
+    for parameter, place in zip(parameters, files.places, strict=True):
+        assert place.begin == ends[place.file]
+        ends[place.file] += 4 * math.prod(parameter.shape)
     assert ends == files.sizes
+
+
+@st.composite
+def raw_models(draw):
+    """Tensors of any dtype beside averaged parameters, and values of them."""
+    names = draw(st.lists(st.text("abc.", min_size=1, max_size=4), max_size=5, unique=True))
+    made = []
+    for name in names:
+        dtype, shape = draw(st.sampled_from(sorted(CODES))), draw(shapes)
+        raw = torch.randint(0, 2, (math.prod(shape) * torch_dtype(dtype).itemsize,), dtype=torch.uint8)
+        tensor = RawTensor(f"raw tensor {name}", shape, dtype, draw(st.sampled_from(["parameter", "buffer"])))
+        made.append((tensor, raw.view(torch_dtype(dtype))))
+    return made
+
+
+@examples(40)
+@given(models(), raw_models(), st.sampled_from(sorted(DTYPES)), st.integers(1, 400))
+def test_files_of_mixed_dtypes_parse_and_every_tensor_begins_at_a_multiple_of_its_width(parameters, raw, dtype, limit):
+    # Oracle: the safetensors library; torch's conversion of the floating parameters, all others as they were.
+    tensors = [tensor for tensor, _ in raw]
+    files = tensor_files(parameters, dtype, limit, tensors)
+    values = values_of(parameters)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "out"
+        write_all(folder, parameters, files, values)
+        for (tensor, numbers), place in zip(raw, files.places[len(parameters) :], strict=True):
+            assert place.begin % torch_dtype(place.dtype).itemsize == 0
+            for i in reversed(range(0, numbers.numel(), 7)):
+                files.write_raw(folder, tensor, place, i, numbers[i : i + 7])
+        found = tensors_of(folder)
+        assert all((folder / name).stat().st_size == size for name, size in files.sizes.items())
+        assert not files.index or json.loads((folder / INDEX).read_text())["weight_map"].keys() == found.keys()
+    assert found.keys() == {p.name for p in parameters} | {tensor.name for tensor in tensors}
+    for tensor, numbers in raw:
+        rounded = tensor.kind == "parameter" and tensor.dtype in ("float64", "float32", "float16", "bfloat16")
+        expected = numbers.to(torch_dtype(dtype)) if rounded else numbers
+        assert same_bits(found[tensor.name], expected.reshape(tensor.shape))
+    for parameter, flat in zip(parameters, values, strict=True):
+        assert same_bits(found[parameter.name], torch.from_numpy(flat).reshape(parameter.shape).to(torch_dtype(dtype)))
 
 
 def test_an_index_is_written_where_there_are_several_files(tmp_path):
@@ -110,7 +149,7 @@ def test_an_index_is_written_where_there_are_several_files(tmp_path):
 def test_a_parameter_larger_than_the_limit_has_a_file_of_its_own():
     parameters = tuple(Parameter(name, (size,)) for name, size in (("a", 2), ("big", 50), ("c", 2), ("d", 2)))
     files = tensor_files(parameters, "float32", 16)
-    numbers = [int(file.split("-")[1]) for file, _ in files.places]
+    numbers = [int(place.file.split("-")[1]) for place in files.places]
     assert numbers == [1, 2, 3, 3]
 
 

@@ -9,13 +9,13 @@ import pytest
 
 LAYERS = [
     {"errors"},
-    {"folder"},
-    {"background", "width", "layout", "movement", "rounding", "schedule", "spelling", "tensorfile", "world"},
+    {"folder", "seal"},
+    {"background", "blocks", "width", "layout", "movement", "rounding", "schedule", "spelling", "tensorfile", "world"},
     {"profile"},
     {"quadrature", "target", "manifest", "kernels", "backends", "commit", "fingerprint", "scope", "staging"},
     {"fit", "averages", "per_tensor", "tracked"},
     {"select", "store"},
-    {"export", "forecast", "identity", "replicas", "source", "state"},
+    {"export", "forecast", "frozen", "identity", "replicas", "source", "state"},
     {"horizon", "recipe", "recommend", "session"},
     {"retention", "sums", "swap", "thinning"},
     {"kept"},

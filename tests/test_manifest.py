@@ -14,9 +14,11 @@ from sharded_phema.errors import StoreError
 from sharded_phema.layout import Box
 from sharded_phema.manifest import (
     VERSION,
+    FrozenRecord,
     LayoutRecord,
     Parameter,
     PartRecord,
+    RawTensor,
     RunRecord,
     SessionRecord,
     decode,
@@ -31,21 +33,24 @@ boxes = sizes.flatmap(
         Box, st.just(offsets), st.lists(counts, min_size=len(offsets), max_size=len(offsets)).map(tuple)
     )
 )
+raw = st.lists(st.builds(RawTensor, st.text(), sizes, st.text(), st.text()), max_size=3).map(tuple)
 runs = st.builds(
     RunRecord,
     st.text(),
     st.text(),
     st.lists(st.text(), max_size=3).map(tuple),
     st.lists(st.builds(Parameter, st.text(), sizes), max_size=4).map(tuple),
+    raw,
+    raw,
     dtype=st.text(),
 )
-sessions = st.builds(SessionRecord, st.text(), st.text(), st.text(), finite, counts)
-layouts = st.builds(
-    LayoutRecord, st.text(), st.text(), counts, st.lists(st.lists(boxes, max_size=3).map(tuple), max_size=3).map(tuple)
-)
-parts = st.builds(PartRecord, st.text(), st.text(), counts, counts, finite, finite, counts)
-records = st.one_of(runs, sessions, layouts, parts)
-KINDS = (RunRecord, SessionRecord, LayoutRecord, PartRecord)
+sessions = st.builds(SessionRecord, st.text(), st.text(), st.text(), finite, counts, st.text(), sizes)
+held = st.lists(st.lists(boxes, max_size=3).map(tuple), max_size=3).map(tuple)
+layouts = st.builds(LayoutRecord, st.text(), st.text(), counts, held, held, held, sizes)
+parts = st.builds(PartRecord, st.text(), st.text(), counts, counts, finite, finite, counts, frozen=counts)
+frozen = st.builds(FrozenRecord, st.text(), st.text(), counts, counts, counts, sizes)
+records = st.one_of(runs, sessions, layouts, parts, frozen)
+KINDS = (RunRecord, SessionRecord, LayoutRecord, PartRecord, FrozenRecord)
 
 anything = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400)),
@@ -153,6 +158,8 @@ def test_an_extra_key_is_refused(record, key, value):
         (RunRecord("r", "steps", (), ()), "parameters", [{"name": "w"}], "parameters needs exactly"),
         (RunRecord("r", "steps", (), ()), "parameters", [{"name": "w", "shape": [-2]}], "shape must not be negative"),
         (LayoutRecord("r", "s", 0, ()), "boxes", [{"offsets": [], "sizes": []}], "boxes must be a list"),
+        (RunRecord("r", "steps", (), ()), "copied", [{"name": "w", "shape": []}], "copied needs exactly"),
+        (FrozenRecord("r", "s", 1, 0, 8, ()), "marks", [-1], "marks must not be negative"),
         (LayoutRecord("r", "s", 0, ()), "boxes", [[{"offsets": [0], "sizes": 1}]], "sizes must be a list"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import nn
 
 from sharded_phema.errors import ModelMismatch, OrderError, PhemaError, StoreError, TargetError, UnsupportedModel
 from sharded_phema.layout import whole
+from sharded_phema.manifest import RawTensor
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.profile import Power
 from sharded_phema.store import open_run, run_exists
@@ -280,7 +281,7 @@ class Odd(nn.Module):
         self.register_buffer("counter", torch.zeros(1))
 
 
-def test_tied_frozen_scalar_empty_and_transposed_parameters_are_averaged_once_each(tmp_path):
+def test_tied_scalar_empty_and_transposed_parameters_are_averaged_once_each_and_the_rest_is_stored(tmp_path):
     model = Odd()
     ema = PostHocEMA(model, tmp_path / "run", snapshot_every=1e9)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -292,14 +293,18 @@ def test_tied_frozen_scalar_empty_and_transposed_parameters_are_averaged_once_ea
     ema.snapshot()
     (snapshot,) = open_run(tmp_path / "run").snapshots
     assert [(p.name, p.shape) for p in snapshot.record.parameters] == [
-        (name, tuple(p.shape)) for name, p in model.named_parameters()
+        (name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad
     ]
     assert "second.weight" not in start
+    assert snapshot.record.frozen == (RawTensor("frozen", (2,), "float32", "parameter"),)
+    assert snapshot.record.copied == (RawTensor("counter", (1,), "float32", "buffer"),)
+    assert same_bits(snapshot.read_raw(1, 0, 2), start["frozen"])
+    assert same_bits(snapshot.read_raw(0, 0, 1), model.counter)
     found = contents(snapshot)
     shares = np.diff(Power(gamma_of(0.05), 20.0, 1.0).cumulative(np.arange(21.0)))
     shift = float(shares @ np.arange(1.0, 21.0))
     label = snapshot.record.averages[0]
-    for name in ("first.weight", "first.bias", "second.bias", "none", "frozen"):  # stand still, so exactly
+    for name in ("first.weight", "first.bias", "second.bias", "none"):  # stand still, so exactly
         assert same_bits(found[label, name], start[name])
     for name in ("scale", "turned"):
         np.testing.assert_allclose(found[label, name], start[name] + shift, rtol=1e-6)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sharded_phema.backends import fsdp2, plain
+from sharded_phema.backends import fsdp1, fsdp2, plain, zero
 from sharded_phema.backends.contract import Backend
 from sharded_phema.errors import UnsupportedModel
 
 __all__ = ["Backend", "backend_of"]
 
 # Asked in this order; plain takes what is sharded by nobody, so it comes last.
-_BACKENDS = (fsdp2.BACKEND, plain.BACKEND)
+_BACKENDS = (zero.BACKEND, fsdp1.BACKEND, fsdp2.BACKEND, plain.BACKEND)
 
 
 def backend_of(model: object, optimizer: object = None) -> Backend:
@@ -26,6 +26,7 @@ def backend_of(model: object, optimizer: object = None) -> Backend:
         if backend.knows(model, optimizer):
             return backend
     raise UnsupportedModel(
-        f"expected a torch.nn.Module, plain or sharded with fully_shard, found {type(model).__qualname__}",
-        hint="pass the module itself; FSDP1 wrappers and DeepSpeed engines are not supported yet",
+        f"expected a torch.nn.Module, plain or sharded with FSDP, or a DeepSpeed engine, "
+        f"found {type(model).__qualname__}",
+        hint="pass the module itself, or the engine that deepspeed.initialize returned",
     )

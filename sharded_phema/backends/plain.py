@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_phema.backends.contract import Backend, held_whole, kind_of, persistent_buffers
@@ -20,7 +19,7 @@ def _knows(model: object, optimizer: object) -> bool:
 
 def _shards(module: nn.Module) -> bool:
     # A DeepSpeed engine is told by its name, because DeepSpeed may not be installed.
-    return isinstance(module, FullyShardedDataParallel) or type(module).__name__.startswith("DeepSpeed")
+    return type(module).__name__.startswith("DeepSpeed")
 
 
 def _partitioned(model: nn.Module) -> bool:

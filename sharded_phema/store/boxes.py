@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from sharded_phema.errors import OrderError
 from sharded_phema.layout import ParamShard
 
-__all__ = ["BoxTensor"]
+__all__ = ["BoxTensor", "pieces_of"]
 
 
 class BoxTensor(Tensor):
@@ -40,11 +43,32 @@ class BoxTensor(Tensor):
             start += box.numel
         return cls(shard.global_shape, pieces, shard.local)
 
+    def __copy__(self) -> BoxTensor:
+        return BoxTensor(tuple(self.shape), self.pieces, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoxTensor:
+        return BoxTensor(tuple(self.shape), copy.deepcopy(self.pieces, memo), self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: ``torch.save`` of one rank would lose what is on the others.
+
+        Raises:
+            OrderError: Always.
+        """
+        raise OrderError(
+            f"torch.save or pickle of averages of which only a part is on this rank: {self!r}",
+            hint="save the state with torch.distributed.checkpoint: dcp.save({'ema': ema}, checkpoint_id=...)",
+        )
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Only an alias can be made; whatever else is asked of a tensor needs all of it."""
+        """An alias can be made, or a frame for other pieces; whatever else is asked of a tensor needs all of it."""
         if func is torch.ops.aten.detach.default:
             return cls(tuple(args[0].shape), args[0].pieces, args[0])
+        if func is torch.ops.aten.new_empty.default:
+            # dcp.async_save copies a tensor so: it makes an empty one, and then fills copies of our pieces in.
+            device = (kwargs or {}).get("device", args[0].device)
+            return cls(tuple(args[1]), {}, torch.empty(0, dtype=args[0].dtype, device=device))
         raise TypeError(f"{func} needs the whole tensor, and only some of its boxes are on this rank")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -69,3 +93,10 @@ class BoxTensor(Tensor):
         # index.index counts the chunks of all ranks on save and of this rank on load; offsets mean one thing.
         assert index.offset is not None
         return self.pieces[index.offset]
+
+
+def pieces_of(shard: ParamShard) -> dict[torch.Size, Tensor]:
+    """What a shard of any strides holds of each of its boxes, by offsets, to be read only."""
+    if len(shard.boxes) == 1:
+        return {torch.Size(shard.boxes[0].offsets): shard.local.reshape(shard.boxes[0].sizes)}
+    return BoxTensor.of(replace(shard, local=shard.local.contiguous())).pieces

@@ -6,10 +6,14 @@ from pathlib import Path
 
 __all__ = [
     "box_key",
+    "copied_name",
+    "frozen_files",
+    "frozen_paths",
     "layout_path",
     "part_path",
     "part_paths",
     "run_path",
+    "run_root",
     "session_path",
     "session_paths",
     "snapshot_folder",
@@ -37,6 +41,22 @@ def layout_path(root: Path, session: str, rank: int) -> Path:
 def snapshot_folder(root: Path, session: str, snapshot: int) -> Path:
     """Folder of one snapshot."""
     return root / "snapshots" / f"{session}-{snapshot:06d}"
+
+
+def frozen_paths(root: Path, session: str, number: int, rank: int) -> tuple[Path, Path]:
+    """A rank's frozen tensors as one of its stores in a session, and the record that commits them."""
+    folder = root / "frozen" / f"{session}-{number:06d}"
+    return tensors_path(folder, rank), part_path(folder, rank)
+
+
+def frozen_files(root: Path) -> list[Path]:
+    """All files of frozen tensors, in a fixed order."""
+    return sorted((root / "frozen").glob("*/rank-*.safetensors"))
+
+
+def run_root(snapshot: Path) -> Path:
+    """The run folder of a snapshot's folder."""
+    return snapshot.parents[1]
 
 
 def session_paths(root: Path) -> list[Path]:
@@ -67,6 +87,11 @@ def part_path(folder: Path, rank: int) -> Path:
 def tensor_name(average: str, parameter: str) -> str:
     """Name of one parameter of one average, as torch.distributed.checkpoint flattens nested state dicts."""
     return f"{average}.{parameter}"
+
+
+def copied_name(tensor: str) -> str:
+    """Name of a copied tensor; no average's, because none is spelled so."""
+    return f"copied:{tensor}"
 
 
 def box_key(tensor: str, box: int) -> str:

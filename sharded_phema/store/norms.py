@@ -13,7 +13,7 @@ from sharded_phema.layout import ShardLayout
 
 __all__ = ["squared_norms"]
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements that are converted to float64 at a time."""
 
 

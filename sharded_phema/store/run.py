@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sharded_phema.errors import StoreError
-from sharded_phema.manifest import LayoutRecord, PartRecord, R, RunRecord, SessionRecord, decode
+from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord, SessionRecord
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import names
 from sharded_phema.store.reader import Snapshot
+from sharded_phema.store.records import check_run, read_layouts, read_record
+from sharded_phema.tensorfile import CODES
 
 __all__ = ["Run", "open_run", "run_exists"]
 
@@ -22,7 +24,7 @@ class Run:
 
     Attributes:
         root: The folder.
-        record: What the run averages.
+        record: What the run stores.
         snapshots: Finished snapshots of the living timeline, in order of training time.
         abandoned: How many finished snapshots a later resume from an earlier state left behind.
         unfinished: How many snapshots miss the part of some rank.
@@ -40,6 +42,11 @@ class Run:
     def numel(self) -> int:
         """Elements of one average of the whole model."""
         return sum(math.prod(parameter.shape) for parameter in self.record.parameters)
+
+    @property
+    def frozen_size(self) -> int:
+        """Bytes of the files of frozen tensors."""
+        return sum(path.stat().st_size for path in names.frozen_files(self.root))
 
 
 def run_exists(root: str | Path) -> bool:
@@ -59,12 +66,10 @@ def open_run(root: str | Path) -> Run:
             f"{root} is no run folder: expected {names.run_path(root).name} in it, found none",
             hint="give the folder that PostHocEMA was made with",
         )
-    record = _read(RunRecord, names.run_path(root))
-    if record.dtype not in STORED_BYTES:
-        raise StoreError(
-            f"{names.run_path(root)}: expected a dtype of {', '.join(STORED_BYTES)}, found {record.dtype}",
-            hint="the record was edited, or a newer version wrote it; restore it or upgrade",
-        )
+    record = read_record(RunRecord, names.run_path(root))
+    _check_dtype(root, STORED_BYTES, record.dtype)
+    for tensor in record.raw:
+        _check_dtype(root, CODES, tensor.dtype)
     sessions = _sessions(root, record)
     cutoffs = _cutoffs(root, sessions)
     layouts: dict[str, tuple[LayoutRecord, ...]] = {}
@@ -81,10 +86,18 @@ def open_run(root: str | Path) -> Run:
     )
 
 
+def _check_dtype(root: Path, known: Iterable[str], dtype: str) -> None:
+    if dtype not in known:
+        raise StoreError(
+            f"{names.run_path(root)}: expected a dtype of {', '.join(known)}, found {dtype}",
+            hint="the record was edited, or a newer version wrote it; restore it or upgrade",
+        )
+
+
 def _sessions(root: Path, record: RunRecord) -> dict[str, SessionRecord]:
-    sessions = [_read(SessionRecord, path) for path in names.session_paths(root)]
+    sessions = [read_record(SessionRecord, path) for path in names.session_paths(root)]
     for session in sessions:
-        _check_run(root, record, session)
+        check_run(root, record, session)
     return {session.session: session for session in sessions}
 
 
@@ -118,11 +131,11 @@ def _snapshot(
     layouts: dict[str, tuple[LayoutRecord, ...]],
 ) -> Snapshot | None:
     """The snapshot in a folder, or None while the part of some rank is missing."""
-    parts = tuple(_read(PartRecord, path) for path in names.part_paths(folder))
+    parts = tuple(read_record(PartRecord, path) for path in names.part_paths(folder))
     if not parts or parts[0].session not in sessions:
         return None
     for part in parts:
-        _check_run(folder, record, part)
+        check_run(folder, record, part)
     session = sessions[parts[0].session]
     moments = {(part.session, part.snapshot, part.t, part.start) for part in parts}
     if len(moments) != 1 or [part.rank for part in parts] != list(range(session.world_size)):
@@ -133,36 +146,5 @@ def _snapshot(
             hint="parts were swapped or copied between snapshots; restore the folder or move it away",
         )
     if session.session not in layouts:
-        layouts[session.session] = _layouts(root, record, session)
+        layouts[session.session] = read_layouts(root, record, session)
     return Snapshot(folder, record, parts, layouts[session.session])
-
-
-def _layouts(root: Path, record: RunRecord, session: SessionRecord) -> tuple[LayoutRecord, ...]:
-    paths = (names.layout_path(root, session.session, rank) for rank in range(session.world_size))
-    layouts = tuple(_read(LayoutRecord, path) for path in paths)
-    for rank, layout in enumerate(layouts):
-        _check_run(root, record, layout)
-        expected = (session.session, rank, len(record.parameters))
-        if (layout.session, layout.rank, len(layout.boxes)) != expected:
-            raise StoreError(
-                f"{names.layout_path(root, session.session, rank)}: expected session, rank and parameters {expected}, "
-                f"found {(layout.session, layout.rank, len(layout.boxes))}",
-                hint="the layout was swapped with another's; restore the run folder",
-            )
-    return layouts
-
-
-def _check_run(where: Path, run: RunRecord, record: SessionRecord | LayoutRecord | PartRecord) -> None:
-    if record.run != run.run:
-        raise StoreError(
-            f"{where}: holds a {type(record).__name__} of run {record.run}, the folder is of run {run.run}",
-            hint="files of two runs were mixed; move the foreign ones away",
-        )
-
-
-def _read(kind: type[R], path: Path) -> R:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}", hint="restore the run folder from a backup") from error
-    return decode(kind, text, path)

@@ -22,11 +22,11 @@ from sharded_phema.errors import StoreError
 from sharded_phema.layout import ShardLayout
 from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord, SessionRecord, encode
 from sharded_phema.store import names
-from sharded_phema.store.boxes import BoxTensor
+from sharded_phema.store.boxes import BoxTensor, pieces_of
 from sharded_phema.store.files import place, write_text
 from sharded_phema.store.norms import squared_norms
 from sharded_phema.store.tensors import write_tensors
-from sharded_phema.tensorfile import DTYPES
+from sharded_phema.tensorfile import dtype_name, torch_dtype
 
 __all__ = ["create_run", "start_session", "write_snapshot"]
 
@@ -36,13 +36,32 @@ def create_run(root: Path, record: RunRecord) -> None:
     write_text(names.run_path(root), encode(record))
 
 
-def start_session(root: Path, record: SessionRecord, rank: int, layout: ShardLayout) -> None:
+def start_session(
+    root: Path,
+    record: SessionRecord,
+    rank: int,
+    layout: ShardLayout,
+    copied: ShardLayout = (),
+    frozen: ShardLayout = (),
+    marks: tuple[int, ...] = (),
+) -> None:
     """Record which boxes this rank will store; rank 0 records the session too. Called by every rank, no collective.
 
     What an earlier attempt of this session left, equal to the last byte, is kept.
+
+    Args:
+        root: Run folder.
+        record: The session.
+        rank: This rank.
+        layout: The averaged parameters.
+        copied: The copied tensors.
+        frozen: The frozen tensors.
+        marks: Fingerprints of the rank's boxes of those that the session found stored; see the record.
     """
-    boxes = tuple(shard.boxes if shard.replica == 0 else () for shard in layout)
-    layout_record = LayoutRecord(record.run, record.session, rank, boxes)
+    boxes, raw, once = (
+        tuple(shard.boxes if shard.replica == 0 else () for shard in part) for part in (layout, copied, frozen)
+    )
+    layout_record = LayoutRecord(record.run, record.session, rank, boxes, raw, once, marks)
     texts = {names.layout_path(root, record.session, rank): encode(layout_record)}
     if rank == 0:
         texts[names.session_path(root, record.session)] = encode(record)
@@ -52,9 +71,14 @@ def start_session(root: Path, record: SessionRecord, rank: int, layout: ShardLay
 
 
 def write_snapshot(
-    root: Path, part: PartRecord, averages: Mapping[str, ShardLayout], *, dtype: str = "float32"
+    root: Path,
+    part: PartRecord,
+    averages: Mapping[str, ShardLayout],
+    copied: ShardLayout = (),
+    *,
+    dtype: str = "float32",
 ) -> Path:
-    """Store this rank's boxes of every average. Called by every rank, no collective.
+    """Store this rank's boxes of every average and of the copied tensors. Called by every rank, no collective.
 
     The snapshot exists for readers once the last rank's part is on disk.
 
@@ -62,7 +86,8 @@ def write_snapshot(
         root: Run folder.
         part: Who writes what, and when; its size and norms are found here.
         averages: For each label of the run's record the average's shards; only first replicas are stored.
-        dtype: What they are rounded to: the dtype of the run's record.
+        copied: Shards of the copied tensors, which are stored in the dtype that they have.
+        dtype: What averages are rounded to: the dtype of the run's record.
 
     Returns:
         The snapshot's folder, the same on all ranks.
@@ -79,12 +104,18 @@ def write_snapshot(
         for shard in layout
         if shard.replica == 0
     }
+    dtypes = dict.fromkeys(state, dtype)
+    for shard in copied:
+        if shard.replica == 0:
+            name = names.copied_name(shard.name)
+            state[name] = BoxTensor(shard.global_shape, pieces_of(shard), shard.local)
+            dtypes[name] = dtype_name(shard.local.dtype)
     with warnings.catch_warnings():
         # Each rank saves for itself on purpose: what the ranks hold was agreed when the averages were made.
         warnings.filterwarnings("ignore", message=".*single process.*")
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
-            save(state, storage_writer=_PartWriter(folder, part, dtype), planner=planner, no_dist=True)
+            save(state, storage_writer=_PartWriter(folder, part, dtypes), planner=planner, no_dist=True)
         except CheckpointException as wrapped:
             # It derives from BaseException, which no caller would catch.
             raise next(iter(wrapped.failures.values()))[0] from None
@@ -94,8 +125,8 @@ def write_snapshot(
 class _PartWriter(StorageWriter):
     """Stores one rank's plan as a safetensors file and then, as its commit, the part's record."""
 
-    def __init__(self, folder: Path, part: PartRecord, dtype: str) -> None:
-        self._folder, self._part, self._dtype = folder, part, dtype
+    def __init__(self, folder: Path, part: PartRecord, dtypes: Mapping[str, str]) -> None:
+        self._folder, self._part, self._dtypes = folder, part, dtypes
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -115,12 +146,12 @@ class _PartWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         items, keys = plan.items, _keys(plan.items)
         tensors = {key: _resolved(planner, item) for key, item in zip(keys, items, strict=True)}
+        dtypes = {key: self._dtypes[item.index.fqn] for key, item in zip(keys, items, strict=True)}
         path = names.tensors_path(self._folder, self._part.rank)
-        place(path, lambda temporary: write_tensors(temporary, tensors, self._dtype, self._part.identity))
+        place(path, lambda temporary: write_tensors(temporary, tensors, dtypes, self._part.identity))
         part = replace(self._part, size=path.stat().st_size)
         write_text(names.part_path(self._folder, part.rank), encode(part))
-        width = DTYPES[self._dtype][1].itemsize
-        sizes = [width * tensors[key].numel() for key in keys]
+        sizes = [torch_dtype(dtypes[key]).itemsize * tensors[key].numel() for key in keys]
         written = [WriteResult(item.index, size, None) for item, size in zip(items, sizes, strict=True)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(written)
@@ -146,7 +177,7 @@ def _keys(items: list[WriteItem]) -> list[str]:
     keys = []
     for item in items:
         if item.type != WriteItemType.SHARD:
-            raise StoreError(f"{item.index.fqn} is no sharded tensor", hint="snapshots hold averages only")
+            raise StoreError(f"{item.index.fqn} is no sharded tensor", hint="snapshots hold tensors only")
         keys.append(names.box_key(item.index.fqn, seen.setdefault(item.index.fqn, 0)))
         seen[item.index.fqn] += 1
     return keys
