@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import xxhash
 
 from sharded_phema.errors import StoreError
 from sharded_phema.fingerprint import MODULUS, fingerprints
 from sharded_phema.layout import ParamShard, ShardLayout, cut
-from sharded_phema.store import FrozenLayer, Run, Stored, marks_of, stored_frozen
+from sharded_phema.store import FrozenLayer, Run, Stored, stored_frozen
 from sharded_phema.world import agree, gather
 
-__all__ = ["Found", "Frozen", "found_in"]
+__all__ = ["Found", "Frozen", "Marks", "found_in", "mark_of"]
 
 CHUNK = 1 << 20
 """Elements that are read at a time."""
 
 Marks = tuple[int, ...]
+"""Fingerprints of what a rank writes of each frozen tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +30,28 @@ class Found:
     Attributes:
         session: Whose they are; empty for none.
         numbers: Which store of each rank of that session.
-        marks: Fingerprints of the whole tensors; empty where they cannot be read.
+        mark: Digest of the fingerprints of the whole tensors.
     """
 
     session: str = ""
     numbers: tuple[int, ...] = ()
-    marks: Marks = ()
+    mark: str = ""
 
 
 def found_in(run: Run) -> Found:
-    """What the last snapshot of a run says of its frozen tensors.
-
-    Raises:
-        StoreError: A record of a session is missing or damaged.
-    """
+    """What the last snapshot of a run says of its frozen tensors."""
     if not (run.snapshots and run.record.frozen):
         return Found()
-    layers = run.snapshots[-1].frozen
+    last = run.snapshots[-1]
     # A session all of whose ranks refer to what it found is of no more interest itself.
-    held = next((layer for layer in layers if any(layer.numbers)), None)
-    if held is None:
-        return Found()
-    try:
-        return Found(held.session, held.numbers, marks_of(layers[0]))
-    except StoreError:
-        return Found(held.session, held.numbers)
+    held = next((layer for layer in last.frozen if any(layer.numbers)), None)
+    return Found() if held is None else Found(held.session, held.numbers, last.facts.frozen_mark)
+
+
+def mark_of(ranks: Sequence[Marks]) -> str:
+    """Digest of the fingerprints of whole tensors, from those of the pieces of all ranks; empty for no tensors."""
+    totals = [sum(of) % MODULUS for of in zip(*ranks, strict=True)]
+    return xxhash.xxh3_128_hexdigest(repr(totals)) if totals else ""
 
 
 class Frozen:
@@ -67,17 +66,17 @@ class Frozen:
 
     def __init__(self, layout: ShardLayout, found: Found) -> None:
         self.found = found
-        own = agree(lambda: _marks(layout))
-        same = bool(found.marks) and _added(gather(own)) == found.marks
+        own = agree(lambda: marks_here(layout))
+        same = bool(found.mark) and mark_of(gather(own)) == found.mark
         # A rank that has none never stores any; () is what no tensors' marks are equal to.
-        self._inherited: Marks = own if same or not _written(layout) else ()
+        self.marks: Marks = own if same or not _written(layout) else ()
         self._asked = same or not (found.session and _written(layout))
-        self._last, self._number, self._tries = self._inherited, 0, 0
+        self._number, self._tries = 0, 0
 
-    def inherited(self, layout: ShardLayout, layers: Callable[[], Sequence[FrozenLayer]]) -> Marks:
-        """Fingerprints of this rank's part of what was found stored; empty where the rank's own tensors differ.
+    def recognise(self, layout: ShardLayout, layers: Callable[[], Sequence[FrozenLayer]]) -> None:
+        """Compare this rank's tensors with what was found stored, if that was not done before.
 
-        Weights may have been loaded after this object was made. What is stored is read then, once, and compared.
+        Weights may have been loaded after this object was made. What is stored is read then, once.
 
         Args:
             layout: Live shards of the frozen tensors.
@@ -85,22 +84,21 @@ class Frozen:
         """
         if not self._asked:
             self._asked = True
-            own = _marks(layout)
-            self._inherited = self._last = own if _same(layout, own, layers) else ()
-        return self._inherited
+            own = marks_here(layout)
+            self.marks = own if _same(layout, own, layers) else ()
 
-    def number(self, layout: ShardLayout, store: Callable[[int, Marks], None]) -> int:
+    def number(self, layout: ShardLayout, store: Callable[[int], None]) -> int:
         """Which of this rank's stores holds its tensors as they are now; 0 for what was found. No collective.
 
         Args:
             layout: Live shards of the frozen tensors.
-            store: Stores them under a number, with their fingerprints; called where they changed.
+            store: Stores them under a number; called where they changed.
         """
-        marks = _marks(layout)
-        if marks != self._last:
+        marks = marks_here(layout)
+        if marks != self.marks:
             self._tries += 1  # a number whose store failed may have left a file: it is not used again
-            store(self._tries, marks)
-            self._last, self._number = marks, self._tries
+            store(self._tries)
+            self.marks, self._number = marks, self._tries
         return self._number
 
 
@@ -109,13 +107,9 @@ def _written(layout: ShardLayout) -> bool:
     return any(shard.replica == 0 and box.numel for shard in layout for box in shard.boxes)
 
 
-def _marks(layout: ShardLayout) -> Marks:
+def marks_here(layout: ShardLayout) -> Marks:
     """Fingerprints of what this rank writes of each tensor."""
     return tuple(fingerprints([shard if shard.replica == 0 else replace(shard, boxes=()) for shard in layout]))
-
-
-def _added(marks: Sequence[Marks]) -> Marks:
-    return tuple(sum(of) % MODULUS for of in zip(*marks, strict=True))
 
 
 def _same(layout: ShardLayout, own: Marks, layers: Callable[[], Sequence[FrozenLayer]]) -> bool:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from sharded_phema.errors import StoreError
 from sharded_phema.layout import Box
+from sharded_phema.seal import sealed, unsealed
 
 __all__ = [
     "VERSION",
+    "Cut",
     "FrozenRecord",
     "LayoutRecord",
     "Parameter",
-    "PartRecord",
+    "Part",
     "RawTensor",
     "RunRecord",
     "SessionRecord",
+    "SnapshotRecord",
     "decode",
     "encode",
 ]
@@ -27,7 +29,8 @@ __all__ = [
 VERSION = 1
 """Version of the format; a reader refuses any other."""
 
-R = TypeVar("R", "RunRecord", "SessionRecord", "LayoutRecord", "PartRecord", "FrozenRecord")
+Record: TypeAlias = "RunRecord | SessionRecord | LayoutRecord | FrozenRecord | SnapshotRecord"
+R = TypeVar("R", "RunRecord", "SessionRecord", "LayoutRecord", "FrozenRecord", "SnapshotRecord")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,10 @@ class SessionRecord:
         parent: The session that this one continued; empty for the first.
         resumed_at: Training time of the state that it continued from. Snapshots that
             earlier sessions took later than this belong to an abandoned timeline.
-        world_size: Number of ranks, each of which writes a part of every snapshot.
+        world_size: Number of ranks, each of which may write a part of every snapshot.
+        layout: Identity of the layout of its ranks.
         frozen_from: The earlier session that held the frozen tensors which this one found stored; empty for none.
-        frozen_numbers: Which of its stores held the pieces of each of that session's ranks, as ``PartRecord.frozen``.
+        frozen_numbers: Which of its stores held the pieces of each of that session's ranks, as ``Part.frozen``.
     """
 
     run: str
@@ -103,32 +107,45 @@ class SessionRecord:
     parent: str
     resumed_at: float
     world_size: int
+    layout: str
     frozen_from: str = ""
     frozen_numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Which rank writes what of one tensor; in one of two forms.
+
+    Attributes:
+        dim: Rank r writes the slab from ``edges[r]`` to ``edges[r + 1]`` of this dimension; 0 in the other form.
+        edges: One more than there are ranks; empty in the other form.
+        ranks: Ranks that write anything, in order.
+        boxes: What each of these writes.
+    """
+
+    dim: int = 0
+    edges: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+    boxes: tuple[tuple[Box, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LayoutRecord:
-    """The boxes that one rank stores throughout a session, by tensor in the run's order.
+    """Which rank writes which boxes of which tensor, in the run's order; shared by all sessions that are cut alike.
 
     Attributes:
         run: Identity of the run.
-        session: The session.
-        rank: The rank.
-        boxes: Of each averaged parameter.
+        world_size: Number of ranks.
+        averaged: Of each averaged parameter.
         copied: Of each copied tensor.
         frozen: Of each frozen tensor.
-        marks: Fingerprints of the rank's boxes of the frozen tensors, of the content that the session found stored;
-            empty where there was none, or other content than the rank's own.
     """
 
     run: str
-    session: str
-    rank: int
-    boxes: tuple[tuple[Box, ...], ...]
-    copied: tuple[tuple[Box, ...], ...] = ()
-    frozen: tuple[tuple[Box, ...], ...] = ()
-    marks: tuple[int, ...] = ()
+    world_size: int
+    averaged: tuple[Cut, ...]
+    copied: tuple[Cut, ...] = ()
+    frozen: tuple[Cut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +158,15 @@ class FrozenRecord:
         number: Number of this store among the rank's own in the session, from 1.
         rank: Who stored them.
         size: Length of the tensor file in bytes.
-        marks: Fingerprint of the rank's boxes of each frozen tensor.
+        digests: XXH3-128 of each block of the tensor file.
     """
 
     run: str
     session: str
     number: int
     rank: int
-    size: int
-    marks: tuple[int, ...]
+    size: int = 0
+    digests: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, str]:
@@ -158,50 +175,60 @@ class FrozenRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class PartRecord:
-    """One rank's part of one snapshot. A snapshot exists once the parts of all ranks do.
+class Part:
+    """One rank's part of a snapshot.
+
+    Attributes:
+        size: Length of its tensor file in bytes; 0 where it has none.
+        digests: XXH3-128 of each block of the tensor file.
+        frozen: Number of the rank's own store that holds its frozen tensors as they were then; 0 where they were
+            those that the session found stored.
+    """
+
+    size: int = 0
+    digests: tuple[str, ...] = ()
+    frozen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """One snapshot. It exists once this record does, which is written last.
 
     Attributes:
         run: Identity of the run.
-        session: The session that took the snapshot.
-        snapshot: Number of the snapshot within its session, from 0.
-        rank: Who wrote the part.
+        session: The session that took it.
+        snapshot: Number within its session, from 0.
         t: Training time, in the run's unit.
         start: Training time of the first update that entered the averages.
-        size: Length of the tensor file in bytes.
-        norms: Squared norm of the rank's part of each average; empty where a number in it is not finite.
+        parts: What each rank wrote, in rank order.
+        norms: Squared norm of each average; empty where a number in it is not finite.
         gaps: The same of the difference of each pair of averages, in the order of ``itertools.combinations``.
-        frozen: Number of the rank's own store that holds its frozen tensors as they were then; 0 where they were
-            those that the session found stored.
+        frozen_mark: Digest of the fingerprints of all frozen tensors as they were then; empty where there are none.
     """
 
     run: str
     session: str
     snapshot: int
-    rank: int
     t: float
     start: float
-    size: int
+    parts: tuple[Part, ...]
     norms: tuple[float, ...] = ()
     gaps: tuple[float, ...] = ()
-    frozen: int = 0
+    frozen_mark: str = ""
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What the part's tensor file says of itself, so that a swapped or stale one is told."""
-        return {key: str(getattr(self, key)) for key in ("run", "session", "snapshot", "rank")}
+    def identity(self, rank: int) -> dict[str, str]:
+        """What the tensor file of a rank says of itself, so that a swapped or stale one is told."""
+        return {"run": self.run, "session": self.session, "snapshot": str(self.snapshot), "rank": str(rank)}
 
 
-def encode(record: RunRecord | SessionRecord | LayoutRecord | PartRecord | FrozenRecord) -> str:
-    """JSON text of a record; :func:`decode` gives back an equal record, floats to the last bit."""
+def encode(record: Record) -> bytes:
+    """Sealed JSON of a record; :func:`decode` gives back an equal record, floats to the last bit."""
     head = {"format": f"sharded_phema {type(record).__name__}", "version": VERSION}
-    # Boxes and fingerprints are many; the other records are read by people too.
-    indent = None if isinstance(record, LayoutRecord | FrozenRecord) else 1
-    return json.dumps(head | dataclasses.asdict(record), allow_nan=False, indent=indent) + "\n"
+    return sealed(head | _plain(record))
 
 
-def decode(kind: type[R], text: str | bytes, where: object) -> R:
-    """The record that a JSON text holds.
+def decode(kind: type[R], text: bytes, where: object) -> R:
+    """The record that a sealed text holds.
 
     Args:
         kind: Class of record to expect.
@@ -209,10 +236,10 @@ def decode(kind: type[R], text: str | bytes, where: object) -> R:
         where: The file, for messages.
 
     Raises:
-        StoreError: The text is no such record, or of another version.
+        StoreError: The text is no such record, of another version, or damaged.
     """
+    data = unsealed(text, where)
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
         head = {"format": data.pop("format"), "version": data.pop("version")}
         if head != {"format": f"sharded_phema {kind.__name__}", "version": VERSION}:
             raise ValueError(f"expected a {kind.__name__} of version {VERSION}, found {head}")
@@ -225,8 +252,14 @@ def decode(kind: type[R], text: str | bytes, where: object) -> R:
         ) from error
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
+def _plain(value: Any) -> Any:
+    """A record as what JSON knows."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        # Edges of cuts come by the million.
+        return list(value) if value and type(value[0]) in (int, str, float) else [_plain(item) for item in value]
+    return value
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
@@ -240,6 +273,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, found {_shown(value)}")
+        if get_args(hint)[0] is int and all(type(item) is int and item >= 0 for item in value):
+            return tuple(value)
         return tuple(_typed(get_args(hint)[0], item, where) for item in value)
     return _scalar(hint, value, where)
 

@@ -1,32 +1,32 @@
-"""Frozen tensors on disk: each rank's stores of them, and what all ranks of a session held at one moment."""
+"""Frozen tensors in storage: each rank's stores of them, and what all ranks of a session held at one moment."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from sharded_phema.blocks import BlockFile
 from sharded_phema.errors import StoreError
-from sharded_phema.fingerprint import MODULUS
+from sharded_phema.folder import Folder
 from sharded_phema.layout import ShardLayout, cut
-from sharded_phema.manifest import FrozenRecord, LayoutRecord, RunRecord, SessionRecord, encode
+from sharded_phema.manifest import FrozenRecord, RunRecord, SessionRecord
 from sharded_phema.store import names
 from sharded_phema.store.boxes import pieces_of
-from sharded_phema.store.files import place, write_text
-from sharded_phema.store.records import check_run, read_layouts, read_record
+from sharded_phema.store.cuts import Layout
+from sharded_phema.store.records import check_run, read_record, write_record
 from sharded_phema.store.stored import Numbers, Stored
-from sharded_phema.store.tensors import bits_of, first_byte, read_bits, write_tensors
+from sharded_phema.store.tensors import TensorFile, bits_of, write_tensors
 from sharded_phema.tensorfile import dtype_name
 
-__all__ = ["FrozenLayer", "frozen_layers", "marks_of", "stored_frozen", "write_frozen"]
+__all__ = ["FrozenLayer", "frozen_layers", "stored_frozen", "write_frozen"]
 
 
-def write_frozen(root: Path, record: FrozenRecord, layout: ShardLayout) -> None:
+def write_frozen(folder: Folder, record: FrozenRecord, layout: ShardLayout) -> None:
     """Store this rank's boxes of the frozen tensors as they are, and then the record. No collective.
 
     Args:
-        root: Run folder.
-        record: Who stores what; its size is found here.
+        folder: The run folder.
+        record: Who stores what; its size and digests are found here.
         layout: The frozen tensors; only first replicas are stored.
 
     Raises:
@@ -39,9 +39,9 @@ def write_frozen(root: Path, record: FrozenRecord, layout: ShardLayout) -> None:
         for number, piece in enumerate(pieces_of(shard).values())
     }
     dtypes = {key: dtype_name(tensor.dtype) for key, tensor in tensors.items()}
-    path, commit = names.frozen_paths(root, record.session, record.number, record.rank)
-    place(path, lambda temporary: write_tensors(temporary, tensors, dtypes, record.identity))
-    write_text(commit, encode(replace(record, size=path.stat().st_size)))
+    name, commit = names.frozen_files(record.session, record.number, record.rank)
+    size, digests = write_tensors(folder, name, tensors, dtypes, record.identity)
+    write_record(folder, commit, replace(record, size=size, digests=digests))
 
 
 @dataclass(frozen=True)
@@ -49,67 +49,90 @@ class FrozenLayer:
     """What the ranks of one session held of the frozen tensors at one moment.
 
     Attributes:
-        root: Run folder.
+        root: The run folder.
         record: The run.
         session: The session.
         numbers: Which of each rank's stores holds its boxes; 0 where they are what the session found stored, which
             is the next layer.
-        layouts: The boxes of each rank.
+        layout: The boxes of each rank.
     """
 
-    root: Path
+    root: Folder
     record: RunRecord
     session: str
     numbers: tuple[int, ...]
-    layouts: tuple[LayoutRecord, ...] = field(repr=False)
-    _stores: dict[int, FrozenRecord] = field(default_factory=dict, repr=False, compare=False)
+    layout: Layout = field(repr=False)
+    _files: dict[int, TensorFile] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def store(self, rank: int) -> FrozenRecord:
-        """The record of a rank's store.
+    def file(self, rank: int) -> TensorFile:
+        """The tensors that a rank stored.
 
         Raises:
-            StoreError: It is missing, damaged, or another's.
+            StoreError: Their record is missing, damaged, or another's.
         """
-        if rank not in self._stores:
-            path = names.frozen_paths(self.root, self.session, self.numbers[rank], rank)[1]
-            record = read_record(FrozenRecord, path)
-            check_run(path, self.record, record)
-            expected = (self.session, self.numbers[rank], rank, len(self.record.frozen))
-            if (found := (record.session, record.number, record.rank, len(record.marks))) != expected:
+        if rank not in self._files:
+            name, commit = names.frozen_files(self.session, self.numbers[rank], rank)
+            where, record = f"{self.root.url}/{commit}", read_record(FrozenRecord, self.root, commit)
+            check_run(where, self.record, record)
+            expected = (self.session, self.numbers[rank], rank)
+            if (found := (record.session, record.number, record.rank)) != expected:
                 raise StoreError(
-                    f"{path}: expected session, number, rank and tensors {expected}, found {found}",
+                    f"{where}: expected session, number and rank {expected}, found {found}",
                     hint="the record was swapped with another's; restore the run folder",
                 )
-            self._stores[rank] = record
-        return self._stores[rank]
+            self._files[rank] = TensorFile(BlockFile(self.root, name, record.size, record.digests), record.identity)
+        return self._files[rank]
 
-    def read(self, rank: int, index: int, number: int, first: int, out: Numbers) -> None:
-        """Fill an array with elements of one box that a rank stored of a frozen tensor."""
-        tensor, store = self.record.frozen[index], self.store(rank)
-        path = names.frozen_paths(self.root, self.session, self.numbers[rank], rank)[0]
-        key, numel = names.box_key(tensor.name, number), self.layouts[rank].frozen[index][number].numel
-        begin = first_byte(path, store.size, store.identity, key, tensor.dtype, numel)
-        read_bits(path, begin + out.itemsize * first, out)
+    def check(self) -> None:
+        """Read all files of this layer, and prove that they are what their records say.
+
+        Raises:
+            StoreError: One is missing or damaged.
+        """
+        for rank, number in enumerate(self.numbers):
+            if number:
+                self.file(rank).check(
+                    [
+                        (names.box_key(tensor.name, i), tensor.dtype, box.numel)
+                        for index, tensor in enumerate(self.record.frozen)
+                        for holder, boxes in self.layout.frozen(index)
+                        if holder == rank
+                        for i, box in enumerate(boxes)
+                    ]
+                )
 
 
-def frozen_layers(root: Path, record: RunRecord, session: str, numbers: Sequence[int]) -> tuple[FrozenLayer, ...]:
+def frozen_layers(
+    folder: Folder,
+    record: RunRecord,
+    sessions: Mapping[str, SessionRecord],
+    layouts: Mapping[str, Layout],
+    session: str,
+    numbers: Sequence[int],
+) -> tuple[FrozenLayer, ...]:
     """What a session held at one moment, then what it had found stored, and so on back to the first store.
 
+    Args:
+        folder: The run folder.
+        record: The run.
+        sessions: Records of all sessions.
+        layouts: Their layouts.
+        session: Whose snapshot it is.
+        numbers: Of which stores, by rank.
+
     Raises:
-        StoreError: A record is missing, damaged or contradicts another.
+        StoreError: Records contradict each other.
     """
     layers: list[FrozenLayer] = []
-    while session:
-        path = names.session_path(root, session)
-        head = read_record(SessionRecord, path)
-        check_run(path, record, head)
-        if len(numbers) != head.world_size or session in [layer.session for layer in layers]:
+    while session and record.frozen:
+        head = sessions.get(session)
+        if head is None or len(numbers) != head.world_size or session in [layer.session for layer in layers]:
             raise StoreError(
-                f"{path}: a later session refers to the frozen tensors of {len(numbers)} ranks of this one, expected "
-                f"{head.world_size}, and each session once",
+                f"{folder.url}: frozen tensors are said to be those of {len(numbers)} ranks of session {session}, "
+                f"which {'is missing' if head is None else f'has {head.world_size}'}; {len(layers)} refer to it",
                 hint="session records were edited or mixed; restore the run folder",
             )
-        layers.append(FrozenLayer(root, record, session, tuple(numbers), read_layouts(root, record, head)))
+        layers.append(FrozenLayer(folder, record, session, tuple(numbers), layouts[session]))
         session, numbers = head.frozen_from, head.frozen_numbers
     return tuple(layers)
 
@@ -122,28 +145,17 @@ def stored_frozen(layers: Sequence[FrozenLayer], index: int) -> Stored:
             hint="session records were edited or mixed; restore the run folder",
         )
     layer, tensor = layers[0], layers[0].record.frozen[index]
+    boxes = dict(layer.layout.frozen(index))
 
     def fill(rank: int, number: int, first: int, out: Numbers) -> None:
+        box = boxes[rank][number]
         if layer.numbers[rank]:
-            layer.read(rank, index, number, first, out)
+            layer.file(rank).fill(names.box_key(tensor.name, number), tensor.dtype, box.numel, first, out)
             return
         earlier = stored_frozen(layers[1:], index)
-        for box in cut([layer.layouts[rank].frozen[index][number]], first, first + out.size):
-            out[: box.numel] = earlier.read_box(box).reshape(-1)
-            out = out[box.numel :]
+        for part in cut([box], first, first + out.size):
+            out[: part.numel] = earlier.read_box(part).reshape(-1)
+            out = out[part.numel :]
 
-    boxes = [layout.frozen[index] for layout in layer.layouts]
-    where = layer.root / "frozen"
-    return Stored(where, tensor.name, tensor.shape, boxes, bits_of(tensor.dtype), fill)
-
-
-def marks_of(layer: FrozenLayer) -> tuple[int, ...]:
-    """Fingerprints of the whole frozen tensors as a layer has them.
-
-    Raises:
-        StoreError: A record is missing or damaged.
-    """
-    ranks = enumerate(layer.layouts)
-    marks = [layer.store(rank).marks if layer.numbers[rank] else layout.marks for rank, layout in ranks]
-    # A rank that holds no frozen element may have none.
-    return tuple(sum(of) % MODULUS for of in zip(*filter(None, marks), strict=True))
+    where = f"{layer.root.url}/{names.FROZEN}"
+    return Stored(where, tensor.name, tensor.shape, tuple(boxes.items()), bits_of(tensor.dtype), fill)

@@ -2,86 +2,63 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 __all__ = [
+    "CLAIMS",
+    "FROZEN",
+    "LAYOUTS",
+    "RUN",
+    "SESSIONS",
+    "SNAPSHOTS",
     "box_key",
+    "claim_file",
     "copied_name",
     "frozen_files",
-    "frozen_paths",
-    "layout_path",
-    "part_path",
-    "part_paths",
-    "run_path",
-    "run_root",
-    "session_path",
-    "session_paths",
+    "layout_file",
+    "session_file",
+    "snapshot_file",
     "snapshot_folder",
-    "snapshot_folders",
     "tensor_name",
-    "tensors_path",
+    "tensors_file",
 ]
 
-
-def run_path(root: Path) -> Path:
-    """The run's record."""
-    return root / "run.json"
+RUN = "run.json"
+CLAIMS, FROZEN, LAYOUTS, SESSIONS, SNAPSHOTS = "claims", "frozen", "layouts", "sessions", "snapshots"
 
 
-def session_path(root: Path, session: str) -> Path:
+def claim_file(number: int) -> str:
+    """The claim of a process to go on with the run."""
+    return f"{CLAIMS}/{number:06d}.json"
+
+
+def session_file(session: str) -> str:
     """A session's record."""
-    return root / "sessions" / f"{session}.json"
+    return f"{SESSIONS}/{session}.json"
 
 
-def layout_path(root: Path, session: str, rank: int) -> Path:
-    """The boxes that a rank stores throughout a session."""
-    return root / "sessions" / session / f"layout-{rank:05d}.json"
+def layout_file(layout: str) -> str:
+    """A layout's record."""
+    return f"{LAYOUTS}/{layout}.json"
 
 
-def snapshot_folder(root: Path, session: str, snapshot: int) -> Path:
+def snapshot_folder(session: str, snapshot: int) -> str:
     """Folder of one snapshot."""
-    return root / "snapshots" / f"{session}-{snapshot:06d}"
+    return f"{SNAPSHOTS}/{session}-{snapshot:06d}"
 
 
-def frozen_paths(root: Path, session: str, number: int, rank: int) -> tuple[Path, Path]:
-    """A rank's frozen tensors as one of its stores in a session, and the record that commits them."""
-    folder = root / "frozen" / f"{session}-{number:06d}"
-    return tensors_path(folder, rank), part_path(folder, rank)
+def snapshot_file(folder: str) -> str:
+    """The record that commits a snapshot, in its folder."""
+    return f"{folder}/snapshot.json"
 
 
-def frozen_files(root: Path) -> list[Path]:
-    """All files of frozen tensors, in a fixed order."""
-    return sorted((root / "frozen").glob("*/rank-*.safetensors"))
-
-
-def run_root(snapshot: Path) -> Path:
-    """The run folder of a snapshot's folder."""
-    return snapshot.parents[1]
-
-
-def session_paths(root: Path) -> list[Path]:
-    """Records of all sessions, in a fixed order."""
-    return sorted((root / "sessions").glob("*.json"))
-
-
-def snapshot_folders(root: Path) -> list[Path]:
-    """Folders of all snapshots, finished or not, in a fixed order."""
-    return sorted(path for path in (root / "snapshots").glob("*") if path.is_dir())
-
-
-def part_paths(folder: Path) -> list[Path]:
-    """Records of the parts that are committed in a snapshot's folder, in rank order."""
-    return sorted(folder.glob("rank-*.json"))
-
-
-def tensors_path(folder: Path, rank: int) -> Path:
+def tensors_file(folder: str, rank: int) -> str:
     """A rank's tensors of one snapshot."""
-    return folder / f"rank-{rank:05d}.safetensors"
+    return f"{folder}/rank-{rank:05d}.safetensors"
 
 
-def part_path(folder: Path, rank: int) -> Path:
-    """The record that commits a rank's tensors."""
-    return folder / f"rank-{rank:05d}.json"
+def frozen_files(session: str, number: int, rank: int) -> tuple[str, str]:
+    """A rank's frozen tensors as one of its stores in a session, and the record that commits them."""
+    folder = f"{FROZEN}/{session}-{number:06d}"
+    return tensors_file(folder, rank), f"{folder}/rank-{rank:05d}.json"
 
 
 def tensor_name(average: str, parameter: str) -> str:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharded_phema.blocks import BlockFile
+from sharded_phema.folder import Folder
 from sharded_phema.layout import Box
-from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord
+from sharded_phema.manifest import RunRecord, SnapshotRecord
 from sharded_phema.store import names
-from sharded_phema.store.frozen import FrozenLayer, frozen_layers, stored_frozen
+from sharded_phema.store.cuts import Held, Layout
+from sharded_phema.store.frozen import FrozenLayer, stored_frozen
 from sharded_phema.store.stored import Numbers, Stored
-from sharded_phema.store.tensors import as_tensor, bits_of, first_byte, read_bits, read_floats
-from sharded_phema.tensorfile import DTYPES
+from sharded_phema.store.tensors import TensorFile, as_tensor, bits_of
 
 __all__ = ["Snapshot"]
 
@@ -28,41 +27,53 @@ class Snapshot:
     """All tracked averages at one training time, and the rest of the model, as every rank stored its part of them.
 
     Attributes:
-        folder: Where it lies.
+        root: The run folder.
+        name: Name of its own folder there.
         record: The run that it belongs to.
-        parts: The part of each rank, in rank order.
-        layouts: What each rank stores throughout the session, in rank order.
+        facts: Its own record.
+        layout: What each rank stores.
+        frozen: Where the frozen tensors lie as they were then: what this session's ranks stored, then what it had
+            found.
     """
 
-    folder: Path
+    root: Folder
+    name: str
     record: RunRecord
-    parts: tuple[PartRecord, ...]
-    layouts: tuple[LayoutRecord, ...] = field(repr=False)
+    facts: SnapshotRecord
+    layout: Layout = field(repr=False)
+    frozen: tuple[FrozenLayer, ...] = field(repr=False)
+    _files: dict[int, TensorFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _stored: dict[tuple[int, int], Stored] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def where(self) -> str:
+        """Its folder, for people."""
+        return f"{self.root.url}/{self.name}"
 
     @property
     def t(self) -> float:
         """Training time at which it was taken, in the run's unit."""
-        return self.parts[0].t
+        return self.facts.t
 
     @property
     def start(self) -> float:
         """Training time of the first update that entered the averages."""
-        return self.parts[0].start
+        return self.facts.start
 
     @property
     def size(self) -> int:
         """Bytes of its tensor files."""
-        return sum(part.size for part in self.parts)
+        return sum(part.size for part in self.facts.parts)
 
     @property
     def norms(self) -> tuple[float, ...]:
         """Squared norm of each average over the whole model; empty where numbers are not finite."""
-        return _added([part.norms for part in self.parts])
+        return self.facts.norms
 
     @property
     def gaps(self) -> tuple[float, ...]:
         """Squared norm of the difference of each pair of averages, in the order of ``itertools.combinations``."""
-        return _added([part.gaps for part in self.parts])
+        return self.facts.gaps
 
     def read_box(self, average: int, parameter: int, box: Box) -> NDArray[np.float32]:
         """One box of one parameter of one average, as float32, read from the ranks that stored parts of it.
@@ -107,43 +118,56 @@ class Snapshot:
         stored.fill_flat(start, out)
         return as_tensor(out, tensor.dtype)
 
-    @cached_property
-    def frozen(self) -> tuple[FrozenLayer, ...]:
-        """Where the frozen tensors lie as they were then: what this session's ranks stored, then what it had found.
+    def check(self) -> None:
+        """Read all files of this snapshot, and prove that they are what its record says.
 
         Raises:
-            StoreError: A record is missing or damaged.
+            StoreError: One is missing or damaged, or there are others.
         """
-        numbers = [part.frozen for part in self.parts]
-        return frozen_layers(names.run_root(self.folder), self.record, self.parts[0].session, numbers)
+        for rank, expected in self._expected().items():
+            self._file(rank).check(expected)
+
+    def _expected(self) -> Mapping[int, list[tuple[str, str, int]]]:
+        """Of each rank that wrote a file: key, dtype and elements of each of its tensors."""
+        found: dict[int, list[tuple[str, str, int]]] = {
+            rank: [] for rank, part in enumerate(self.facts.parts) if part.size
+        }
+        tensors = [
+            (names.tensor_name(label, parameter.name), self.record.dtype, self.layout.averaged(index))
+            for label in self.record.averages
+            for index, parameter in enumerate(self.record.parameters)
+        ]
+        for index, tensor in enumerate(self.record.copied):
+            tensors.append((names.copied_name(tensor.name), tensor.dtype, self.layout.copied(index)))
+        for name, dtype, held in tensors:
+            for rank, boxes in held:
+                keys = [(names.box_key(name, number), dtype, box.numel) for number, box in enumerate(boxes)]
+                found.setdefault(rank, []).extend(keys)
+        return found
 
     def _average(self, average: int, parameter: int) -> Stored:
-        record, dtype = self.record.parameters[parameter], self.record.dtype
-        name, width = names.tensor_name(self.record.averages[average], record.name), DTYPES[dtype][1].itemsize
-        boxes = [layout.boxes[parameter] for layout in self.layouts]
-
-        def fill(rank: int, number: int, first: int, out: Numbers) -> None:
-            path, begin = self._locate(rank, name, number, dtype, boxes[rank][number].numel)
-            read_floats(path, begin + width * first, dtype, out)
-
-        return Stored(self.folder, record.name, record.shape, boxes, np.float32, fill)
+        if (average, parameter) not in self._stored:
+            record = self.record.parameters[parameter]
+            name, held = names.tensor_name(self.record.averages[average], record.name), self.layout.averaged(parameter)
+            self._stored[average, parameter] = self._tensor(name, record.shape, self.record.dtype, held, np.float32)
+        return self._stored[average, parameter]
 
     def _copied(self, index: int) -> Stored:
         tensor = self.record.copied[index]
-        name, boxes = names.copied_name(tensor.name), [layout.copied[index] for layout in self.layouts]
+        name, held = names.copied_name(tensor.name), self.layout.copied(index)
+        return self._tensor(name, tensor.shape, tensor.dtype, held, bits_of(tensor.dtype))
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: str, held: Held, kind: type[np.generic]) -> Stored:
+        boxes = dict(held)
 
         def fill(rank: int, number: int, first: int, out: Numbers) -> None:
-            path, begin = self._locate(rank, name, number, tensor.dtype, boxes[rank][number].numel)
-            read_bits(path, begin + out.itemsize * first, out)
+            self._file(rank).fill(names.box_key(name, number), dtype, boxes[rank][number].numel, first, out)
 
-        return Stored(self.folder, tensor.name, tensor.shape, boxes, bits_of(tensor.dtype), fill)
+        return Stored(self.where, name, shape, tuple(boxes.items()), kind, fill)
 
-    def _locate(self, rank: int, name: str, number: int, dtype: str, numel: int) -> tuple[Path, int]:
-        """File of a stored box, and the byte at which its numbers begin."""
-        part, path = self.parts[rank], names.tensors_path(self.folder, rank)
-        return path, first_byte(path, part.size, part.identity, names.box_key(name, number), dtype, numel)
-
-
-def _added(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    """Sums over ranks; empty where a rank has none."""
-    return tuple(math.fsum(values) for values in zip(*parts, strict=True)) if all(parts) else ()
+    def _file(self, rank: int) -> TensorFile:
+        if rank not in self._files:
+            part = self.facts.parts[rank]
+            file = BlockFile(self.root, names.tensors_file(self.name, rank), part.size, part.digests)
+            self._files[rank] = TensorFile(file, self.facts.identity(rank))
+        return self._files[rank]

@@ -1,30 +1,51 @@
-"""Records as they lie in a run folder: read, and proved to belong to the run."""
+"""Records as they lie in a run folder: written, read, and proved to belong to the run."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sharded_phema.errors import StoreError
-from sharded_phema.manifest import FrozenRecord, LayoutRecord, PartRecord, R, RunRecord, SessionRecord, decode
+from sharded_phema.folder import Folder
+from sharded_phema.manifest import (
+    FrozenRecord,
+    LayoutRecord,
+    R,
+    Record,
+    RunRecord,
+    SessionRecord,
+    SnapshotRecord,
+    decode,
+    encode,
+)
 from sharded_phema.store import names
+from sharded_phema.store.cuts import Layout
 
-__all__ = ["check_run", "read_layouts", "read_record"]
+__all__ = ["check_run", "read_layout", "read_record", "write_record"]
+
+MAX_BYTES = 1 << 28
+"""Longest record that is read."""
 
 
-def read_record(kind: type[R], path: Path) -> R:
+def write_record(folder: Folder, name: str, record: Record) -> None:
+    """Write a record; one that is there already, equal to the last byte, is kept.
+
+    Raises:
+        StoreError: Another record lies there, or it cannot be written.
+    """
+    text, (parent, _, base) = encode(record), name.rpartition("/")
+    if any(entry.name == base for entry in folder.list(parent)) and folder.read(name, MAX_BYTES) == text:
+        return
+    folder.write(name, [text])
+
+
+def read_record(kind: type[R], folder: Folder, name: str) -> R:
     """The record in a file.
 
     Raises:
         StoreError: It cannot be read, or is no such record.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}", hint="restore the run folder from a backup") from error
-    return decode(kind, text, path)
+    return decode(kind, folder.read(name, MAX_BYTES), f"{folder.url}/{name}")
 
 
-def check_run(where: Path, run: RunRecord, record: SessionRecord | LayoutRecord | PartRecord | FrozenRecord) -> None:
+def check_run(where: str, run: RunRecord, record: SessionRecord | LayoutRecord | FrozenRecord | SnapshotRecord) -> None:
     """Prove that a record is of the run in whose folder it lies.
 
     Raises:
@@ -37,21 +58,18 @@ def check_run(where: Path, run: RunRecord, record: SessionRecord | LayoutRecord 
         )
 
 
-def read_layouts(root: Path, record: RunRecord, session: SessionRecord) -> tuple[LayoutRecord, ...]:
-    """What each rank of a session stores.
+def read_layout(folder: Folder, run: RunRecord, session: SessionRecord) -> Layout:
+    """What each rank of a session writes.
 
     Raises:
-        StoreError: A layout is missing, damaged, or another's.
+        StoreError: The layout is missing, damaged, or another's.
     """
-    paths = [names.layout_path(root, session.session, rank) for rank in range(session.world_size)]
-    layouts = tuple(read_record(LayoutRecord, path) for path in paths)
-    for rank, (path, layout) in enumerate(zip(paths, layouts, strict=True)):
-        check_run(root, record, layout)
-        expected = (session.session, rank, len(record.parameters), len(record.copied), len(record.frozen))
-        found = (layout.session, layout.rank, len(layout.boxes), len(layout.copied), len(layout.frozen))
-        if found != expected:
-            raise StoreError(
-                f"{path}: expected session, rank and numbers of tensors {expected}, found {found}",
-                hint="the layout was swapped with another's; restore the run folder",
-            )
-    return layouts
+    name = names.layout_file(session.layout)
+    record = read_record(LayoutRecord, folder, name)
+    check_run(f"{folder.url}/{name}", run, record)
+    if record.world_size != session.world_size:
+        raise StoreError(
+            f"{folder.url}/{name}: expected the layout of {session.world_size} ranks, found {record.world_size}",
+            hint="the layout was swapped with another's; restore the run folder",
+        )
+    return Layout(record, run)

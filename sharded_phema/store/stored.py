@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,16 @@ class Stored:
         where: What it lies in, for messages.
         name: Its name, for messages.
         shape: Its global shape.
-        boxes: The boxes that each rank stored.
+        held: The ranks that stored something of it, and their boxes.
         kind: What its elements are read as.
         fill: Fills a contiguous 1-d array with the elements of a rank's box: given the rank, the number of the box,
             the first of its elements, row-major, that is wanted, and the array.
     """
 
-    where: Path
+    where: str
     name: str
     shape: tuple[int, ...]
-    boxes: Sequence[Sequence[Box]]
+    held: Sequence[tuple[int, Sequence[Box]]]
     kind: type[np.generic]
     fill: Callable[[int, int, int, Numbers], None]
 
@@ -46,7 +45,7 @@ class Stored:
             StoreError: A file is damaged, or the stored boxes do not cover the box.
         """
         out, found = np.empty(box.sizes, self.kind), 0
-        for rank, boxes in enumerate(self.boxes):
+        for rank, boxes in self.held:
             for number, stored in enumerate(boxes):
                 if (shared := intersection(stored, box)) is not None:
                     out[_within(box, shared)] = self._cut(rank, number, stored, shared)
@@ -61,7 +60,7 @@ class Stored:
             StoreError: As of ``read_box``.
         """
         wanted, found = Box((start,), (out.size,)), 0
-        for rank, boxes in enumerate(self.boxes):
+        for rank, boxes in self.held:
             for number, box in enumerate(boxes):
                 # Rows, as most ways of sharding store them: the range is one run of bytes in each file it touches.
                 if (stored := flattened(box, self.shape)) is None:

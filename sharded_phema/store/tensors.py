@@ -1,12 +1,10 @@
-"""A rank's tensor file: streamed out in any dtypes, read back as float32 or as it lies."""
+"""A rank's tensor file: streamed out in any dtypes, read back as float32 or as it lies, every block checked."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharded_phema.blocks import BlockFile, Digester
 from sharded_phema.errors import StoreError
+from sharded_phema.folder import Buffer, Folder
+from sharded_phema.folder.contract import bytes_of
 from sharded_phema.tensorfile import CODES, DTYPES, header_of, torch_dtype
 
-__all__ = ["as_tensor", "bits_of", "first_byte", "read_bits", "read_floats", "tensor_table", "write_tensors"]
+__all__ = ["TensorFile", "as_tensor", "bits_of", "write_tensors"]
 
 CHUNK = 1 << 20
 """Elements that are rounded and brought to the host at a time."""
@@ -29,28 +30,43 @@ _MEND = "restore the file from a backup, or use other snapshots"
 
 @torch.no_grad()
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], metadata: Mapping[str, str]
-) -> None:
+    folder: Folder,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> tuple[int, tuple[str, ...]]:
     """Write a safetensors file. Nothing longer than a chunk is made meanwhile, but for copies of strided tensors.
 
     Args:
-        path: A file to make.
+        folder: The run folder.
+        name: A file to make in it.
         tensors: Tensors on any device, by key.
         dtypes: What each is rounded to, to nearest: a key of CODES. A tensor of that dtype is written as it is.
         metadata: What the file says of itself.
 
+    Returns:
+        Its length in bytes, and the digest of each block.
+
     Raises:
-        StoreError: A finite number is too large for the dtype.
+        StoreError: It cannot be written, or a finite number is too large for the dtype.
     """
+    digester = Digester()
+    size = folder.write(name, digester.through(_pieces(tensors, dtypes, metadata)))
+    return size, digester.digests
+
+
+def _pieces(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], metadata: Mapping[str, str]
+) -> Iterator[Buffer]:
     header, begins = header_of({key: (tuple(tensor.shape), dtypes[key]) for key, tensor in tensors.items()}, metadata)
-    with path.open("wb") as file:
-        file.write(header)
-        for key in begins:
-            for chunk in _chunks(tensors[key]):
-                rounded = chunk.to(torch_dtype(dtypes[key]))
-                if rounded is not chunk and _overflows(chunk, rounded):
-                    raise _too_large(key, tensors[key], dtypes[key])
-                file.write(rounded.cpu().view(torch.uint8).numpy().data)
+    yield header
+    for key in begins:
+        for chunk in _chunks(tensors[key]):
+            rounded = chunk.to(torch_dtype(dtypes[key]))
+            if rounded is not chunk and _overflows(chunk, rounded):
+                raise _too_large(key, tensors[key], dtypes[key])
+            yield rounded.cpu().view(torch.uint8).numpy().data
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
@@ -79,39 +95,105 @@ def _largest(tensor: Tensor) -> float:
     return max(float(magnitudes.max()) for magnitudes in finite)
 
 
-@lru_cache(maxsize=4096)
-def tensor_table(path: Path, size: int) -> tuple[dict[str, str], dict[str, tuple[str, int, int]]]:
-    """Metadata of a safetensors file, and of each tensor its dtype there and where its bytes begin and end.
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose bytes are known from a record.
 
-    Args:
-        path: The file.
-        size: Length in bytes that it must have.
-
-    Raises:
-        StoreError: The file is missing, of another length, or its header is no safetensors header.
+    Attributes:
+        file: Its blocks.
+        identity: What it must say of itself.
     """
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise ValueError(f"it has {found} bytes, its record says {size}")
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise ValueError(f"its header cannot be {length} bytes long")
-            return _ranges(json.loads(file.read(length)), 8 + length, size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}", hint=_MEND) from error
 
+    file: BlockFile
+    identity: Mapping[str, str]
+    _table: dict[str, tuple[str, int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-def _ranges(header: dict[str, dict[str, Any]], base: int, size: int) -> tuple[dict, dict]:  # type: ignore[type-arg]
-    metadata = header.pop("__metadata__", {})
-    ranges = {}
-    for key, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= size - base:
-            raise ValueError(f"tensor {key} lies outside the file")
-        ranges[key] = (entry["dtype"], base + begin, base + end)
-    return metadata, ranges
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return f"{self.file.folder.url}/{self.file.name}"
+
+    def fill(self, key: str, dtype: str, numel: int, first: int, out: NDArray[Any]) -> None:
+        """Fill a contiguous array with elements of a tensor from ``first`` on: its bits, or floats as float32.
+
+        Args:
+            key: The tensor.
+            dtype: Its dtype, a key of CODES.
+            numel: Its number of elements.
+            first: First element wanted.
+            out: float32 for a dtype of DTYPES; else of the tensor's width.
+
+        Raises:
+            StoreError: The file is damaged, or not what its record says.
+        """
+        begin = self._begin(key, dtype, numel) + torch_dtype(dtype).itemsize * first
+        if out.dtype != np.float32 or dtype == "float32":
+            self.file.fill(begin, bytes_of(out))
+            return
+        raw = np.empty(out.size * torch_dtype(dtype).itemsize, np.uint8)
+        self.file.fill(begin, bytes_of(raw))
+        torch.from_numpy(out).copy_(torch.from_numpy(raw).view(DTYPES[dtype][1]))
+
+    def check(self, expected: Sequence[tuple[str, str, int]]) -> None:
+        """Read all of it, and prove that it holds these tensors and no others: key, dtype, elements.
+
+        Raises:
+            StoreError: It is damaged, or not what its record says.
+        """
+        self.file.check()
+        for key, dtype, numel in expected:
+            self._begin(key, dtype, numel)
+        if extra := set(self._read_table()) - {key for key, _, _ in expected}:
+            raise StoreError(
+                f"{self.where}: holds tensors that no record names, such as {min(extra)}",
+                hint="the layout was edited or swapped; restore the run folder",
+            )
+
+    def _begin(self, key: str, dtype: str, numel: int) -> int:
+        """The byte at which the numbers of a tensor begin."""
+        found, begin, end = self._read_table().get(key, ("nothing", 0, 0))
+        if found != CODES[dtype] or end - begin != torch_dtype(dtype).itemsize * numel:
+            raise StoreError(
+                f"{self.where}: not the tensors that its record names: expected {numel} elements of {key} in "
+                f"{CODES[dtype]}, found {end - begin} bytes of {found}",
+                hint="the file was swapped or is stale; restore it from a backup",
+            )
+        return begin
+
+    def _read_table(self) -> dict[str, tuple[str, int, int]]:
+        """Of each tensor its dtype in the file, and where its bytes begin and end."""
+        if not self._table:
+            self._table.update(self._ranges(self._header()))
+        return self._table
+
+    def _header(self) -> bytes:
+        length = bytearray(8)
+        self.file.fill(0, memoryview(length))
+        numel = int.from_bytes(length, "little")
+        if not 2 <= numel <= min(self.file.size - 8, _MAX_HEADER):
+            raise StoreError(f"{self.where}: its header cannot be {numel} bytes long", hint=_MEND)
+        header = bytearray(numel)
+        self.file.fill(8, memoryview(header))
+        return bytes(header)
+
+    def _ranges(self, text: bytes) -> dict[str, tuple[str, int, int]]:
+        base, ranges = 8 + len(text), {}
+        try:
+            header = json.loads(text)
+            metadata = header.pop("__metadata__", {})
+            for key, entry in header.items():
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= self.file.size - base:
+                    raise ValueError(f"tensor {key} lies outside the file")
+                ranges[key] = (entry["dtype"], base + begin, base + end)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{self.where}: its header cannot be read: {error}", hint=_MEND) from error
+        if metadata != self.identity:
+            raise StoreError(
+                f"{self.where}: expected the tensors of {dict(self.identity)}, found those of {metadata}",
+                hint="the file was swapped or is stale; restore it from a backup",
+            )
+        return ranges
 
 
 def bits_of(dtype: str) -> type[np.generic]:
@@ -122,61 +204,3 @@ def bits_of(dtype: str) -> type[np.generic]:
 def as_tensor(bits: NDArray[Any], dtype: str) -> Tensor:
     """What was read, as a tensor of its dtype."""
     return torch.from_numpy(bits).view(torch_dtype(dtype))
-
-
-def first_byte(path: Path, size: int, identity: Mapping[str, str], key: str, dtype: str, numel: int) -> int:
-    """The byte at which the numbers of a tensor begin, once the file is proved to be what its record says.
-
-    Args:
-        path: The file.
-        size: Length in bytes that it must have.
-        identity: What it must say of itself.
-        key: The tensor.
-        dtype: Its dtype, a key of CODES.
-        numel: Its number of elements.
-
-    Raises:
-        StoreError: The file is damaged, or another.
-    """
-    metadata, ranges = tensor_table(path, size)
-    found, begin, end = ranges.get(key, ("nothing", 0, 0))
-    if metadata != identity or found != CODES[dtype] or end - begin != torch_dtype(dtype).itemsize * numel:
-        raise StoreError(
-            f"{path}: not the tensors that its record names: expected {dict(identity)} with {numel} elements "
-            f"of {key} in {CODES[dtype]}, found {metadata} with {end - begin} bytes of {found}",
-            hint="the file was swapped or is stale; restore it from a backup",
-        )
-    return begin
-
-
-def read_floats(path: Path, begin: int, dtype: str, out: NDArray[np.float32]) -> None:
-    """Fill a contiguous array with the numbers of a dtype that lie at a byte of a file, as float32.
-
-    Raises:
-        StoreError: The file cannot be read, or ends early.
-    """
-    kind = DTYPES[dtype][1]
-    if kind == torch.float32:
-        read_bits(path, begin, out)
-        return
-    raw = np.empty(out.size * kind.itemsize, np.uint8)
-    read_bits(path, begin, raw)
-    torch.from_numpy(out).copy_(torch.from_numpy(raw).view(kind))
-
-
-def read_bits(path: Path, begin: int, out: NDArray[Any]) -> None:
-    """Fill a contiguous array with the bytes that lie at a byte of a file.
-
-    Raises:
-        StoreError: The file cannot be read, or ends early.
-    """
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            missing = out.view(np.uint8).data
-            while missing and (count := file.readinto(missing)):
-                missing = missing[count:]
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}", hint=_MEND) from error
-    if missing:
-        raise StoreError(f"{path}: ends {len(missing)} bytes early", hint=_MEND)

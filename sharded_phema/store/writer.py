@@ -1,12 +1,11 @@
-"""Writing: a run's record, a session's layout, and each rank's own part of every snapshot."""
+"""Writing: a run's record, a session's layout, each rank's own part of every snapshot, and the record that commits it."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,85 +18,59 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from sharded_phema.errors import StoreError
+from sharded_phema.folder import Folder
 from sharded_phema.layout import ShardLayout
-from sharded_phema.manifest import LayoutRecord, PartRecord, RunRecord, SessionRecord, encode
+from sharded_phema.manifest import LayoutRecord, Part, RunRecord, SessionRecord, SnapshotRecord
 from sharded_phema.store import names
 from sharded_phema.store.boxes import BoxTensor, pieces_of
-from sharded_phema.store.files import place, write_text
-from sharded_phema.store.norms import squared_norms
+from sharded_phema.store.records import write_record
 from sharded_phema.store.tensors import write_tensors
 from sharded_phema.tensorfile import dtype_name, torch_dtype
 
-__all__ = ["create_run", "start_session", "write_snapshot"]
+__all__ = ["commit_snapshot", "create_run", "start_session", "write_part"]
 
 
-def create_run(root: Path, record: RunRecord) -> None:
+def create_run(folder: Folder, record: RunRecord) -> None:
     """Make the folder of a new run. Called by one rank."""
-    write_text(names.run_path(root), encode(record))
+    write_record(folder, names.RUN, record)
 
 
-def start_session(
-    root: Path,
-    record: SessionRecord,
+def start_session(folder: Folder, record: SessionRecord, layout: LayoutRecord) -> None:
+    """Record a session and what its ranks write; a layout that is there already is kept. Called by one rank."""
+    write_record(folder, names.layout_file(record.layout), layout)
+    write_record(folder, names.session_file(record.session), record)
+
+
+def commit_snapshot(folder: Folder, record: SnapshotRecord) -> None:
+    """Make a snapshot exist, once all ranks' parts are in storage. Called by one rank."""
+    write_record(folder, names.snapshot_file(names.snapshot_folder(record.session, record.snapshot)), record)
+
+
+def write_part(
+    folder: Folder,
+    record: SnapshotRecord,
     rank: int,
-    layout: ShardLayout,
-    copied: ShardLayout = (),
-    frozen: ShardLayout = (),
-    marks: tuple[int, ...] = (),
-) -> None:
-    """Record which boxes this rank will store; rank 0 records the session too. Called by every rank, no collective.
-
-    What an earlier attempt of this session left, equal to the last byte, is kept.
-
-    Args:
-        root: Run folder.
-        record: The session.
-        rank: This rank.
-        layout: The averaged parameters.
-        copied: The copied tensors.
-        frozen: The frozen tensors.
-        marks: Fingerprints of the rank's boxes of those that the session found stored; see the record.
-    """
-    boxes, raw, once = (
-        tuple(shard.boxes if shard.replica == 0 else () for shard in part) for part in (layout, copied, frozen)
-    )
-    layout_record = LayoutRecord(record.run, record.session, rank, boxes, raw, once, marks)
-    texts = {names.layout_path(root, record.session, rank): encode(layout_record)}
-    if rank == 0:
-        texts[names.session_path(root, record.session)] = encode(record)
-    for path, text in texts.items():
-        if not (path.is_file() and path.read_text() == text):
-            write_text(path, text)
-
-
-def write_snapshot(
-    root: Path,
-    part: PartRecord,
     averages: Mapping[str, ShardLayout],
     copied: ShardLayout = (),
     *,
     dtype: str = "float32",
-) -> Path:
+) -> Part:
     """Store this rank's boxes of every average and of the copied tensors. Called by every rank, no collective.
 
-    The snapshot exists for readers once the last rank's part is on disk.
-
     Args:
-        root: Run folder.
-        part: Who writes what, and when; its size and norms are found here.
+        folder: The run folder.
+        record: Of which snapshot; its parts are not looked at.
+        rank: Who writes.
         averages: For each label of the run's record the average's shards; only first replicas are stored.
         copied: Shards of the copied tensors, which are stored in the dtype that they have.
         dtype: What averages are rounded to: the dtype of the run's record.
 
     Returns:
-        The snapshot's folder, the same on all ranks.
+        What was written; nothing where this rank holds nothing.
 
     Raises:
         StoreError: A file exists already or cannot be written, or a number is too large for the dtype.
     """
-    folder = names.snapshot_folder(root, part.session, part.snapshot)
-    norms, gaps = squared_norms(tuple(averages.values()))
-    part = replace(part, norms=norms, gaps=gaps)
     state = {
         names.tensor_name(label, shard.name): BoxTensor.of(shard)
         for label, layout in averages.items()
@@ -110,29 +83,33 @@ def write_snapshot(
             name = names.copied_name(shard.name)
             state[name] = BoxTensor(shard.global_shape, pieces_of(shard), shard.local)
             dtypes[name] = dtype_name(shard.local.dtype)
+    file = names.tensors_file(names.snapshot_folder(record.session, record.snapshot), rank)
+    writer = _PartWriter(folder, file, record.identity(rank), dtypes)
     with warnings.catch_warnings():
         # Each rank saves for itself on purpose: what the ranks hold was agreed when the averages were made.
         warnings.filterwarnings("ignore", message=".*single process.*")
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
-            save(state, storage_writer=_PartWriter(folder, part, dtypes), planner=planner, no_dist=True)
+            save(state, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as wrapped:
             # It derives from BaseException, which no caller would catch.
             raise next(iter(wrapped.failures.values()))[0] from None
-    return folder
+    return writer.written[0]
 
 
+@dataclass
 class _PartWriter(StorageWriter):
-    """Stores one rank's plan as a safetensors file and then, as its commit, the part's record."""
+    """Stores one rank's plan as a safetensors file."""
 
-    def __init__(self, folder: Path, part: PartRecord, dtypes: Mapping[str, str]) -> None:
-        self._folder, self._part, self._dtypes = folder, part, dtypes
+    folder: Folder
+    file: str
+    identity: Mapping[str, str]
+    dtypes: Mapping[str, str]
+    written: list[Part] = field(default_factory=list)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
-            raise StoreError(
-                f"a part of {self._folder} cannot be saved as {checkpoint_id}", hint="leave checkpoint_id out"
-            )
+            raise StoreError(f"{self.file} cannot be saved as {checkpoint_id}", hint="leave checkpoint_id out")
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass  # nothing is shared between ranks
@@ -146,19 +123,19 @@ class _PartWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         items, keys = plan.items, _keys(plan.items)
         tensors = {key: _resolved(planner, item) for key, item in zip(keys, items, strict=True)}
-        dtypes = {key: self._dtypes[item.index.fqn] for key, item in zip(keys, items, strict=True)}
-        path = names.tensors_path(self._folder, self._part.rank)
-        place(path, lambda temporary: write_tensors(temporary, tensors, dtypes, self._part.identity))
-        part = replace(self._part, size=path.stat().st_size)
-        write_text(names.part_path(self._folder, part.rank), encode(part))
+        dtypes = {key: self.dtypes[item.index.fqn] for key, item in zip(keys, items, strict=True)}
+        if tensors:
+            self.written.append(Part(*write_tensors(self.folder, self.file, tensors, dtypes, self.identity)))
+        else:
+            self.written.append(Part())
         sizes = [torch_dtype(dtypes[key]).itemsize * tensors[key].numel() for key in keys]
-        written = [WriteResult(item.index, size, None) for item, size in zip(items, sizes, strict=True)]
+        results = [WriteResult(item.index, size, None) for item, size in zip(items, sizes, strict=True)]
         future: Future[list[WriteResult]] = Future()
-        future.set_result(written)
+        future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        pass  # the part's record is the commit
+        pass  # the snapshot's record is the commit
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

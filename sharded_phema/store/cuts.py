@@ -1,0 +1,170 @@
+"""Cuts: which rank writes which boxes of every tensor, gathered from all ranks and written down in few words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharded_phema.errors import StoreError
+from sharded_phema.layout import Box, ShardLayout, whole
+from sharded_phema.manifest import Cut, LayoutRecord, RunRecord
+
+__all__ = ["Held", "Here", "Layout", "here", "layout_record"]
+
+Held = tuple[tuple[int, tuple[Box, ...]], ...]
+"""Ranks that hold something of a tensor, in order, and what."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Here:
+    """What one rank writes, small enough to be sent by thousands of ranks.
+
+    Attributes:
+        slabs: Tensors of which it writes one slab: index, dimension, first and last row. (slabs, 4)
+        others: Boxes of other tensors of which it writes anything, by index.
+    """
+
+    slabs: NDArray[np.int64]
+    others: Mapping[int, tuple[Box, ...]]
+
+
+def here(layouts: Sequence[ShardLayout]) -> Here:
+    """What this rank writes of several layouts; their tensors are counted through. Only first replicas write."""
+    slabs: list[tuple[int, int, int, int]] = []
+    others: dict[int, tuple[Box, ...]] = {}
+    for index, shard in enumerate(shard for layout in layouts for shard in layout):
+        if shard.replica or not shard.boxes:
+            continue
+        slab = _slab(shard.global_shape, shard.boxes)
+        if slab is None:
+            others[index] = shard.boxes
+        else:
+            slabs.append((index, *slab))
+    return Here(np.array(slabs, np.int64).reshape(len(slabs), 4), others)
+
+
+def _slab(shape: Shape, boxes: Sequence[Box]) -> tuple[int, int, int] | None:
+    """Dimension, first row and the one after the last of a box that is cut along one dimension only."""
+    (box, *more), dims = boxes, range(len(shape))
+    cut = [dim for dim in dims if box.sizes[dim] != shape[dim]]
+    if more or len(cut) > 1 or not shape or not box.numel:
+        return None
+    dim = cut[0] if cut else 0
+    return dim, box.offsets[dim], box.offsets[dim] + box.sizes[dim]
+
+
+def layout_record(run: RunRecord, ranks: Sequence[Here]) -> LayoutRecord:
+    """The layout of all ranks, in rank order."""
+    shapes = [tensor.shape for tensor in (*run.parameters, *run.copied, *run.frozen)]
+    rows = np.concatenate([np.insert(one.slabs, 1, rank, axis=1) for rank, one in enumerate(ranks)])
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # by tensor, then rank
+    firsts = np.searchsorted(rows[:, 0], np.arange(len(shapes) + 1))
+    others: dict[int, dict[int, tuple[Box, ...]]] = {}
+    for rank, one in enumerate(ranks):
+        for index, boxes in one.others.items():
+            others.setdefault(index, {})[rank] = boxes
+    cuts = [
+        _cut(shape, len(ranks), rows[begin:end, 1:], others.get(index, {}))
+        for index, (shape, (begin, end)) in enumerate(zip(shapes, pairwise(firsts.tolist()), strict=True))
+    ]
+    averaged, copied = len(run.parameters), len(run.parameters) + len(run.copied)
+    return LayoutRecord(
+        run.run, len(ranks), tuple(cuts[:averaged]), tuple(cuts[averaged:copied]), tuple(cuts[copied:])
+    )
+
+
+def _cut(shape: Shape, ranks: int, slabs: NDArray[np.int64], others: Mapping[int, tuple[Box, ...]]) -> Cut:
+    """One tensor's: as edges where its slabs follow each other from rank to rank."""
+    dim = int(slabs[0, 1]) if len(slabs) else 0
+    in_a_row = (
+        len(slabs) > 0
+        and not others
+        and bool((slabs[:, 1] == dim).all())
+        and bool((slabs[1:, 2] == slabs[:-1, 3]).all())
+        and (slabs[0, 2], slabs[-1, 3]) == (0, shape[dim])
+    )
+    if in_a_row:
+        last = np.searchsorted(slabs[:, 0], np.arange(ranks), side="right") - 1
+        ends = np.where(last >= 0, slabs[last, 3], 0)
+        return Cut(dim, (0, *ends.tolist()))
+    boxes = {int(rank): (_box(shape, int(d), int(a), int(b)),) for rank, d, a, b in slabs} | dict(others)
+    order = sorted(boxes)
+    return Cut(0, (), tuple(order), tuple(boxes[rank] for rank in order))
+
+
+def _box(shape: Shape, dim: int, begin: int, end: int) -> Box:
+    full = whole(shape)
+    return Box(
+        (*full.offsets[:dim], begin, *full.offsets[dim + 1 :]), (*full.sizes[:dim], end - begin, *full.sizes[dim + 1 :])
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What each rank of a world writes, as it is read.
+
+    Attributes:
+        record: The record.
+        run: The run's record.
+    """
+
+    record: LayoutRecord
+    run: RunRecord
+    _held: dict[tuple[str, int], Held] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        counts = [(len(self.record.averaged), len(self.run.parameters))]
+        counts += [(len(self.record.copied), len(self.run.copied)), (len(self.record.frozen), len(self.run.frozen))]
+        if self.record.run != self.run.run or any(found != expected for found, expected in counts):
+            raise StoreError(
+                f"a layout of run {self.record.run} with {[found for found, _ in counts]} tensors; expected run "
+                f"{self.run.run} with {[expected for _, expected in counts]}",
+                hint="the layout was swapped with another run's; restore the run folder",
+            )
+
+    def averaged(self, index: int) -> Held:
+        """Who holds what of an averaged parameter."""
+        return self._of("averaged", index, self.record.averaged, self.run.parameters[index].shape)
+
+    def copied(self, index: int) -> Held:
+        """Who holds what of a copied tensor."""
+        return self._of("copied", index, self.record.copied, self.run.copied[index].shape)
+
+    def frozen(self, index: int) -> Held:
+        """Who holds what of a frozen tensor."""
+        return self._of("frozen", index, self.record.frozen, self.run.frozen[index].shape)
+
+    def _of(self, kind: str, index: int, cuts: Sequence[Cut], shape: Shape) -> Held:
+        if (kind, index) not in self._held:
+            self._held[kind, index] = _held(cuts[index], shape, self.record.world_size)
+        return self._held[kind, index]
+
+
+def _held(cut: Cut, shape: Shape, world_size: int) -> Held:
+    if cut.edges:
+        fits = len(cut.edges) == world_size + 1 and cut.dim < len(shape) and cut.edges[-1] == shape[cut.dim]
+        pairs = enumerate(pairwise(cut.edges))
+        held = tuple((rank, (_box(shape, cut.dim, a, b),)) for rank, (a, b) in pairs if a < b) if fits else ()
+    else:
+        fits = len(cut.ranks) == len(cut.boxes) and all(rank < world_size for rank in cut.ranks)
+        held = tuple(zip(cut.ranks, cut.boxes, strict=True)) if fits else ()
+    inside = all(_is_inside(box, shape) for _, boxes in held for box in boxes)
+    if not fits or not inside or sum(box.numel for _, boxes in held for box in boxes) != math.prod(shape):
+        raise StoreError(
+            f"the layout says of a tensor of shape {shape} what cannot be in a world of {world_size} ranks: {cut}"[:500],
+            hint="the layout was edited or swapped; restore the run folder",
+        )
+    return held
+
+
+def _is_inside(box: Box, shape: Shape) -> bool:
+    return len(box.offsets) == len(box.sizes) == len(shape) and all(
+        offset + size <= length for offset, size, length in zip(box.offsets, box.sizes, shape, strict=True)
+    )
