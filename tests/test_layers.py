@@ -15,7 +15,7 @@ LAYERS = [
     {"fit", "averages", "per_tensor", "tracked"},
     {"select", "store"},
     {"export", "forecast", "frozen", "identity", "replicas", "source", "state"},
-    {"recipe", "recommend", "session"},
+    {"mapping", "recipe", "recommend", "session"},
     {"sums", "swap"},
     {"posthoc", "rebuild"},
     {"plot", "tables", "integrations"},
