@@ -94,6 +94,24 @@ class Commits:
             raise failure from error
         return value  # type: ignore[return-value]
 
+    def collect(self, attempt: Callable[[], T]) -> list[T]:
+        """Run ``attempt`` on every rank and bring its results to rank 0; the others get nothing.
+
+        Raises:
+            PhemaError: As of ``agree``.
+            StoreError: As of ``agree``.
+        """
+        value, error = _tried(attempt)
+        told = None if error is None else _told(error)
+        try:
+            failure: PhemaError | None = self._combined((told, value), lambda all_: _first_failure([t for t, _ in all_]))
+        except StoreError as unanswered:
+            raise unanswered from error or unanswered.__cause__
+        if failure is not None:
+            raise failure from error
+        # Answers stay in the store until the next exchange.
+        return [found for _, found in self._answers(self._number)] if self._rank == 0 else []
+
     def close(self) -> None:
         """Leave. Rank 0 goes last, for the store may live in it; it waits as in an exchange. Harmless when repeated."""
         if not self._refused:

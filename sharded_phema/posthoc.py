@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,23 +12,21 @@ from types import TracebackType
 from typing import Any
 
 from sharded_phema.averages import Averages
-from sharded_phema.backends import Backend, backend_of
-from sharded_phema.errors import OrderError, TargetError
-from sharded_phema.identity import check_same_layout, run_record
-from sharded_phema.layout import ShardLayout
+from sharded_phema.errors import OrderError
+from sharded_phema.identity import run_record
+from sharded_phema.mapping import map_model
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import plan_rebuild
-from sharded_phema.replicas import settled, shared_out
 from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
-from sharded_phema.scope import Buffers, scope_of
+from sharded_phema.scope import Buffers
 from sharded_phema.session import Session
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import open_run
 from sharded_phema.sums import fill_shards
 from sharded_phema.swap import weights_swapped
 from sharded_phema.target import parse_target
-from sharded_phema.tracked import tracked_set
+from sharded_phema.tracked import asked_for, tracked_set
 from sharded_phema.world import agree, from_first, gather
 
 __all__ = ["PostHocEMA"]
@@ -41,7 +39,8 @@ class PostHocEMA:
     communicates. Made on every rank at once, after the model was sharded and moved.
 
     Args:
-        model: A module, plain or sharded with ``fully_shard``, or inside DistributedDataParallel.
+        model: A module, plain, inside DistributedDataParallel, or sharded with FSDP1, FSDP2 or tensor parallelism; or
+            a DeepSpeed engine.
         root: Run folder on storage that all ranks share; made if missing. A folder that holds this run
             already is continued: restore the averages with ``load_state_dict`` or ``resume`` first.
         sigma_rels: Relative widths of the averages to keep, each in (0, 0.2886); 0.05 and 0.10, which suffice to
@@ -93,15 +92,11 @@ class PostHocEMA:
     ) -> None:
         check_dtype(dtype)
         self.root = Path(root)
-        self._model, self._optimizer = model, optimizer
         self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
-        self._tracked = tracked_set(_asked(sigma_rels, profiles), self._schedule.start)
-        self._backend, held = agree(lambda: _mapped(model, optimizer))
-        check_same_layout(held)
-        held = settled(held)
-        scope = agree(lambda: scope_of(held, include, exclude, buffers))
-        self._layout, self._shared = shared_out(scope.averaged)
-        stored = (self._layout, shared_out(scope.copied)[0], shared_out(scope.frozen)[0])
+        self._tracked = tracked_set(asked_for(sigma_rels, profiles), self._schedule.start)
+        self._mapped = map_model(model, optimizer, include=include, exclude=exclude, buffers=buffers)
+        self._layout = self._mapped.averaged
+        stored = (self._layout, self._mapped.copied, self._mapped.frozen)
         expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, *stored, dtype=dtype))
         self._session = Session(self.root, expected, *stored)
         self._averages = Averages(self._layout, len(self._tracked.targets))
@@ -182,7 +177,7 @@ class PostHocEMA:
         fill = self._filler(_one_of(target, sigma_rel))
         self._busy = "the weights are swapped for an average"
         try:
-            with weights_swapped(self._layout, self._shared, fill, self._publish, offload=offload):
+            with weights_swapped(self._layout, self._mapped.shared, fill, self._mapped.publish, offload=offload):
                 yield
         finally:
             self._busy = ""
@@ -288,30 +283,10 @@ class PostHocEMA:
         plan = plan_rebuild(run, outputs, once=from_first)
         return lambda: agree(lambda: fill_shards(plan, self._layout))
 
-    def _publish(self) -> None:
-        """Have the next forward use what was written into the shards."""
-        self._backend.publish(self._model, self._optimizer)
-
     def _check_ready(self, act: str) -> None:
         if self._busy:
             raise OrderError(f"{act}: {self._busy}", hint="leave the swapped block first, or make a new PostHocEMA")
         self._session.check_restored(act)
-
-
-def _mapped(model: Any, optimizer: Any) -> tuple[Backend, ShardLayout]:
-    backend = backend_of(model, optimizer)
-    return backend, backend.shard_layout(model, optimizer)
-
-
-def _asked(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) -> list[str | float]:
-    """All averages to keep."""
-    widths = sigma_rels if sigma_rels is not None else () if profiles else (0.05, 0.10)
-    for name, several in (("sigma_rels", widths), ("profiles", profiles)):
-        if isinstance(several, str) or not isinstance(several, Iterable):
-            raise TargetError(
-                f"{name}={several!r}: a list is expected", hint=f"write {name}=[{several!r}] for a single average"
-            )
-    return [*widths, *profiles]
 
 
 def _one_of(target: Wanted | None, sigma_rel: float | None) -> Wanted:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sharded_phema.errors import TargetError
 from sharded_phema.target import Target, parse_targets
 from sharded_phema.width import gamma_of
 
-__all__ = ["TrackedSet", "tracked_set"]
+__all__ = ["TrackedSet", "asked_for", "tracked_set"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,21 @@ class TrackedSet:
         except TargetError:  # windows and decays never are
             return None
         return self.targets.index(recorded) if recorded in self.targets else None
+
+
+def asked_for(sigma_rels: Sequence[float] | None, profiles: Sequence[str | float]) -> list[str | float]:
+    """All averages that a run is to keep; 0.05 and 0.10 where nothing is said.
+
+    Raises:
+        TargetError: One of the two is no list.
+    """
+    widths = sigma_rels if sigma_rels is not None else () if profiles else (0.05, 0.10)
+    for name, several in (("sigma_rels", widths), ("profiles", profiles)):
+        if isinstance(several, str) or not isinstance(several, Iterable):
+            raise TargetError(
+                f"{name}={several!r}: a list is expected", hint=f"write {name}=[{several!r}] for a single average"
+            )
+    return [*widths, *profiles]
 
 
 def tracked_set(texts: Iterable[str | float], start: float) -> TrackedSet:

@@ -16,7 +16,7 @@ LAYERS = [
     {"fit", "averages", "per_tensor", "tracked"},
     {"select", "store"},
     {"export", "forecast", "frozen", "identity", "replicas", "source", "state"},
-    {"horizon", "recipe", "recommend", "session"},
+    {"horizon", "mapping", "recipe", "recommend", "session"},
     {"retention", "sums", "swap", "thinning"},
     {"kept"},
     {"posthoc", "rebuild"},

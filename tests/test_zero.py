@@ -42,6 +42,8 @@ from sharded_phema.errors import UnsupportedModel
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.rebuild import reconstruct
 
+pytestmark = pytest.mark.timeout(900)  # a world runs all recipes: a minute on two idle cores
+
 ZERO, STAGE_3, BF16 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", torch.bfloat16
 CPU = {"device": "cpu"}
 ACCUMULATE_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -240,13 +242,13 @@ def check_swapped(recipe: Recipe, ranks: list[Run], model: nn.Module, average: d
 def on_two(tmp_path_factory) -> tuple[Path, list[dict[str, Run]]]:
     """Every recipe on two ranks; starting ranks and importing DeepSpeed is paid once."""
     root = tmp_path_factory.mktemp("two")
-    return root, run_ranks(2, recipes_body, RECIPES, root, timeout=280)
+    return root, run_ranks(2, recipes_body, RECIPES, root, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory) -> tuple[Path, list[dict[str, Run]]]:
     root = tmp_path_factory.mktemp("four")
-    return root, run_ranks(4, recipes_body, ON_FOUR, root, timeout=280)
+    return root, run_ranks(4, recipes_body, ON_FOUR, root, timeout=600)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -311,7 +313,7 @@ def checkpoint_body(folder: Path) -> None:
 
 
 def test_loading_a_checkpoint_of_deepspeed_fills_the_masters_that_a_layout_watches(tmp_path) -> None:
-    run_ranks(2, checkpoint_body, tmp_path, timeout=200)
+    run_ranks(2, checkpoint_body, tmp_path, timeout=300)
 
 
 def refusal(model: object, optimizer: object = None) -> str:
@@ -339,7 +341,7 @@ def refusals_body() -> dict[str, dict[str, str]]:
 @pytest.fixture(scope="module")
 def refused() -> dict[str, dict[str, str]]:
     """All refusals, met by one rank one after another."""
-    return run_ranks(1, refusals_body)[0]
+    return run_ranks(1, refusals_body, timeout=300)[0]
 
 
 def test_a_module_without_its_engine_or_optimizer_is_refused(refused) -> None:

@@ -14,16 +14,12 @@ __all__ = ["BACKEND"]
 
 
 def _knows(model: object, optimizer: object) -> bool:
-    return isinstance(model, nn.Module) and not any(map(_shards, model.modules())) and not _partitioned(model)
+    return isinstance(model, nn.Module) and not any(map(_shards, model.modules()))
 
 
 def _shards(module: nn.Module) -> bool:
     # A DeepSpeed engine is told by its name, because DeepSpeed may not be installed.
     return type(module).__name__.startswith("DeepSpeed")
-
-
-def _partitioned(model: nn.Module) -> bool:
-    return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
 def shard_layout(model: nn.Module, optimizer: object) -> ShardLayout:
