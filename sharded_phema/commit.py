@@ -104,7 +104,7 @@ class Commits:
         value, error = _tried(attempt)
         told = None if error is None else _told(error)
         try:
-            failure: PhemaError | None = self._combined((told, value), lambda all_: _first_failure([t for t, _ in all_]))
+            failure: PhemaError | None = self._combined((told, value), _first_failure_of)
         except StoreError as unanswered:
             raise unanswered from error or unanswered.__cause__
         if failure is not None:
@@ -230,6 +230,10 @@ def _first_failure(outcomes: Sequence[PhemaError | None]) -> PhemaError | None:
     (rank, first), *others = failures.items()
     also = f" ({_listed([other for other, _ in others])} failed too)" if others else ""
     return type(first)(f"rank {rank}: {first.message}{also}", hint=first.hint)
+
+
+def _first_failure_of(answers: Sequence[tuple[PhemaError | None, object]]) -> PhemaError | None:
+    return _first_failure([told for told, _ in answers])
 
 
 def _listed(ranks: Sequence[int]) -> str:

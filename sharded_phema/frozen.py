@@ -51,7 +51,7 @@ def found_in(run: Run) -> Found:
 def mark_of(ranks: Sequence[Marks]) -> str:
     """Digest of the fingerprints of whole tensors, from those of the pieces of all ranks; empty for no tensors."""
     totals = [sum(of) % MODULUS for of in zip(*ranks, strict=True)]
-    return xxhash.xxh3_128_hexdigest(repr(totals)) if totals else ""
+    return xxhash.xxh3_128_hexdigest(repr(totals).encode()) if totals else ""
 
 
 class Frozen:

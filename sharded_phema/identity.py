@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -91,7 +90,7 @@ def check_same_layout(layout: ShardLayout) -> None:
     )
 
 
-def check_same_model(root: Path, found: RunRecord, expected: RunRecord) -> None:
+def check_same_model(where: str, found: RunRecord, expected: RunRecord) -> None:
     """Prove that a run folder is of this model, tracks the same averages and stores them alike.
 
     Raises:
@@ -108,7 +107,7 @@ def check_same_model(root: Path, found: RunRecord, expected: RunRecord) -> None:
     for what, (stored, wanted) in pairs.items():
         if stored != wanted:
             raise ModelMismatch(
-                f"{root} holds a run with other {what}: {_difference(wanted, stored)}",
+                f"{where} holds a run with other {what}: {_difference(wanted, stored)}",
                 hint="give this run its own folder, or construct it as the run in this folder was",
             )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,15 +14,20 @@ from types import TracebackType
 from typing import Any
 
 from sharded_phema.averages import Averages
-from sharded_phema.errors import OrderError
+from sharded_phema.background import Background, Foreground
+from sharded_phema.errors import OrderError, StoreError, TargetError
+from sharded_phema.folder import open_folder
 from sharded_phema.identity import run_record
 from sharded_phema.mapping import map_model
 from sharded_phema.per_tensor import Wanted, parse_outputs
+from sharded_phema.pruning import remover
 from sharded_phema.recipe import plan_rebuild
+from sharded_phema.retention import Retention
 from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
 from sharded_phema.scope import Buffers
 from sharded_phema.session import Session
+from sharded_phema.staging import LazyCopies, alive
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import open_run
 from sharded_phema.sums import fill_shards
@@ -30,6 +37,8 @@ from sharded_phema.tracked import asked_for, tracked_set
 from sharded_phema.world import agree, from_first, gather
 
 __all__ = ["PostHocEMA"]
+
+_log = logging.getLogger(__name__)
 
 
 class PostHocEMA:
@@ -64,6 +73,12 @@ class PostHocEMA:
         exclude: Patterns of parameters that are copied instead of averaged or stored once.
         buffers: ``"copy"`` persistent buffers into each snapshot, ``"average"`` those of a floating dtype and copy
             the others, or ``"omit"`` them.
+        asynchronous: Hold training only while shards are copied to the host, and write beside it. One more copy of
+            this rank's shards stays in host memory. A failure is raised by the next call.
+        retention: Which snapshots to keep as training goes on: ``"0.03:0.25 tolerance=1e-2"``,
+            ``"0.05:0.20 count=20"``, ``"0.1 bytes=10GB"``. All, unless it is said.
+        on_error: ``"raise"`` when a snapshot cannot be stored, or ``"warn"`` and go on without it.
+        timeout_s: Longest wait for another rank's part of a snapshot, in seconds.
 
     Raises:
         TargetError: A width, profile, rhythm or dtype is impossible, or an average is asked for twice.
@@ -89,16 +104,31 @@ class PostHocEMA:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         buffers: Buffers = "copy",
+        asynchronous: bool = False,
+        retention: Retention | str | None = None,
+        on_error: str = "raise",
+        timeout_s: float = 600.0,
     ) -> None:
         check_dtype(dtype)
-        self.root = Path(root)
+        if on_error not in ("raise", "warn"):
+            raise TargetError(f'on_error: expected "raise" or "warn", found {on_error!r}', hint='try on_error="raise"')
+        self._on_error = on_error
+        self.root = os.fspath(root)
         self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
         self._tracked = tracked_set(asked_for(sigma_rels, profiles), self._schedule.start)
         self._mapped = map_model(model, optimizer, include=include, exclude=exclude, buffers=buffers)
         self._layout = self._mapped.averaged
         stored = (self._layout, self._mapped.copied, self._mapped.frozen)
         expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, *stored, dtype=dtype))
-        self._session = Session(self.root, expected, *stored)
+        self._session = Session(
+            open_folder(root),
+            expected,
+            stored,
+            jobs=Background() if asynchronous else Foreground(),
+            stage=LazyCopies() if asynchronous else alive,
+            timeout_s=timeout_s,
+            retain=remover(retention),
+        )
         self._averages = Averages(self._layout, len(self._tracked.targets))
         self._clock = Clock()
         self._busy = ""
@@ -132,12 +162,14 @@ class PostHocEMA:
             self._move_averages()
         if self._schedule.snapshots(last, t):
             self.snapshot()
+        self._tried(self._session.check)
 
-    def snapshot(self) -> Path:
+    def snapshot(self) -> str:
         """Store the averages as of now. Every rank must call it; each writes its own shards.
 
         Returns:
-            The snapshot's folder. A second call at the same training time stores nothing and gives the same folder.
+            Where it lies, a path or URL; nothing where it failed and ``on_error`` is "warn". A second call at the same
+            training time stores nothing and gives the same place.
 
         Raises:
             OrderError: Nothing was averaged yet, or the weights are swapped.
@@ -146,6 +178,9 @@ class PostHocEMA:
             ModelMismatch: A buffer or frozen parameter has another shape or dtype than when this object was made.
         """
         self._check_ready("snapshot")
+        return self._tried(self._snapshot)
+
+    def _snapshot(self) -> str:
         self._averages.check_live()
         self._take_pending()
         if self._clock.start == math.inf:
@@ -228,6 +263,7 @@ class PostHocEMA:
         if self._clock.start < math.inf and self._session.lacks(self._clock.t):
             self.snapshot()
         self._busy = "closed"
+        self._tried(self._session.close)
 
     def __enter__(self) -> PostHocEMA:
         return self
@@ -235,6 +271,16 @@ class PostHocEMA:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.close()
+
+    def _tried(self, act: Callable[[], str | None]) -> str:
+        """Store something; a failure is raised or, where the user asked for that, logged."""
+        try:
+            return act() or ""
+        except StoreError as error:
+            if self._on_error == "raise":
+                raise
+            _log.warning("a snapshot could not be stored, and training goes on without it: %s", error)
+            return ""
 
     def _take_pending(self) -> None:
         """Bring the averages up to now, where the rhythm of updates left weights out."""

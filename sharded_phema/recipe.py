@@ -170,7 +170,7 @@ def _time(run: Run, target: Target) -> float:
     t = last if target.time is None else target.time
     if not first <= t <= last:
         raise TargetError(
-            f"{target.text}: training time {t:g} lies outside the snapshots of {run.root}, "
+            f"{target.text}: training time {t:g} lies outside the snapshots of {run.root.url}, "
             f"which span {run.record.unit} {first:g} to {last:g}",
             hint=f"choose a time from {first:g} to {last:g}, or leave @t=... out for the last",
         )
@@ -183,7 +183,7 @@ def _check_tolerance(run: Run, planned: Sequence[PlannedTarget], tolerance: floa
         worst = max(bad, key=lambda p: p.fit.forecast)
         raise ForecastError(
             f"{worst.target.text}: forecast error {worst.fit.forecast:.2g} of |raw - target| is above the tolerance "
-            f"{tolerance:g} with the {len(run.snapshots)} snapshots of {run.root}",
+            f"{tolerance:g} with the {len(run.snapshots)} snapshots of {run.root.url}",
             hint="ask for a width nearer the stored ones, raise --tolerance, or store more snapshots next time: "
             "sharded-phema plan shows how many",
         )

@@ -4,29 +4,65 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
+from sharded_phema.background import Jobs
+from sharded_phema.commit import Commits
 from sharded_phema.errors import OrderError
-from sharded_phema.frozen import Found, Frozen, found_in
+from sharded_phema.folder import Folder
+from sharded_phema.frozen import Found, Frozen, Marks, found_in
 from sharded_phema.identity import check_same_model, live_shards
 from sharded_phema.layout import ShardLayout
-from sharded_phema.manifest import FrozenRecord, PartRecord, RunRecord, SessionRecord
+from sharded_phema.manifest import FrozenRecord, Part, RunRecord, SessionRecord, SnapshotRecord
+from sharded_phema.secretary import Report, Secretary
 from sharded_phema.state import Clock
 from sharded_phema.store import (
+    Claim,
+    FrozenLayer,
     Run,
+    claim_run,
     create_run,
-    frozen_layers,
+    here,
     open_run,
+    remove_unfinished,
     run_exists,
-    start_session,
+    snapshot_folder,
+    squared_norms,
     write_frozen,
-    write_snapshot,
+    write_part,
 )
-from sharded_phema.world import from_first, rank_and_size
+from sharded_phema.world import from_first, gather_to_first, rank_and_size
 
-__all__ = ["Session"]
+__all__ = ["Session", "StoredLayouts"]
+
+StoredLayouts = tuple[ShardLayout, ShardLayout, ShardLayout]
+"""Live shards of what is averaged, copied and stored once."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What rank 0 found in the folder, for all ranks."""
+
+    record: RunRecord
+    parent: str
+    snapshots: tuple[tuple[float, str], ...]
+    frozen: Found
+    claim: Claim
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What is to be written of a snapshot on this rank, and its report but for what writing tells."""
+
+    averages: Mapping[str, ShardLayout]
+    copied: ShardLayout
+    report: Report
 
 
 class Session:
@@ -37,32 +73,45 @@ class Session:
         stored: How many snapshots this session tried to store.
 
     Args:
-        root: Run folder.
+        folder: Run folder.
         expected: What a run made here would be; a run that exists must be the same but for its identity.
-        layout: Pieces of the averaged parameters on this rank.
-        copied: Pieces of the copied tensors.
-        frozen: Pieces of the frozen tensors.
+        live: Pieces of the model on this rank.
+        jobs: Who writes: at once, or beside the training.
+        stage: Gives what is written of some layouts: the live tensors themselves, or copies of them.
+        timeout_s: Longest wait for another rank's part of a snapshot, in seconds.
+        retain: Called on rank 0 after each snapshot that was stored, to remove what is not needed any more.
 
     Raises:
         ModelMismatch: The folder holds a run of another model, unit, dtype or other averages.
+        OrderError: Another process is training into the folder.
         StoreError: The folder cannot be read or made.
     """
 
     def __init__(
         self,
-        root: Path,
+        folder: Folder,
         expected: RunRecord,
-        layout: ShardLayout,
-        copied: ShardLayout = (),
-        frozen: ShardLayout = (),
+        live: StoredLayouts,
+        *,
+        jobs: Jobs,
+        stage: Callable[[tuple[ShardLayout, ...]], tuple[ShardLayout, ...]],
+        timeout_s: float,
+        retain: Callable[[Run], object],
     ) -> None:
-        self._root, self._layout, self._copied, self._kept = root, layout, copied, frozen
-        opened = from_first(lambda: (*_opened(root, expected), uuid.uuid4().hex[:12]))
-        self.record, self._parent, self._waiting, found, self._name = opened
-        self._frozen = Frozen(frozen, found)
-        self._resumed_at = 0.0
+        self._folder, self._live, self._jobs, self._stage = folder, live, jobs, stage
+        opened = from_first(lambda: _open(folder, expected))
+        self.record, self._waiting, self._resumed_at = opened.record, opened.snapshots, 0.0
+        self._frozen = Frozen(live[2], opened.frozen)
+        self._told: Marks = ()
+        self._commits = Commits(timeout_s)
+        self._name = opened.name
+        ranks, run, found = gather_to_first(here(live)), self.record.run, opened.frozen
+        draft = SessionRecord(
+            run, opened.name, opened.parent, 0.0, rank_and_size()[1], "", found.session, found.numbers
+        )
+        self._secretaries = [Secretary(folder, self.record, draft, ranks, opened.claim, retain)] if ranks else []
         self.stored, self._started = 0, False
-        self._last = (-math.inf, Path())  # when the last snapshot was taken, and where it lies
+        self._last = (-math.inf, "")  # when the last snapshot was taken, and where it lies
 
     def check_restored(self, act: str) -> None:
         """Prove that the averages of the snapshots in the folder, if any, were restored.
@@ -72,79 +121,137 @@ class Session:
         """
         if self._waiting:
             raise OrderError(
-                f"{act}: {self._root} holds this run's snapshots up to {self.record.unit} {self._waiting[-1][0]:.17g}, "
-                "and their averages were not restored",
+                f"{act}: {self._folder.url} holds this run's snapshots up to {self.record.unit} "
+                f"{self._waiting[-1][0]:.17g}, and their averages were not restored",
                 hint="load the state with dcp.load({'ema': ema}, ...) or ema.resume(); a new run needs its own folder",
             )
 
     def continue_at(self, t: float) -> None:
         """Go on from averages of training time ``t``. Later snapshots belong to an abandoned timeline from now on."""
         self._resumed_at = t
-        self._last = next(((time, folder) for time, folder in self._waiting if time == t), self._last)
+        self._last = next(((time, where) for time, where in self._waiting if time == t), self._last)
         self._waiting = ()
 
     def lacks(self, t: float) -> bool:
-        """Whether there is no snapshot of training time ``t`` yet."""
+        """Whether there is no snapshot of training time ``t`` yet, nor one on its way."""
         return self._last[0] < t
 
     def run(self) -> Run:
         """The run as it stands now, without snapshots that this session, having resumed earlier, left behind.
 
         Raises:
-            StoreError: The folder is damaged.
+            StoreError: The folder is damaged; or the last snapshot could not be stored.
         """
-        run = open_run(self._root)
+        self._jobs.wait()
+        run = open_run(self._folder)
         if self._started:
             return run
         # What this session left behind is written down with its first snapshot only.
         return replace(run, snapshots=tuple(s for s in run.snapshots if s.t <= self._resumed_at))
 
-    def snapshot(self, clock: Clock, averages: Mapping[str, ShardLayout]) -> Path:
-        """Store this rank's part of a snapshot unless there is one of this time. Called by every rank, no collective.
+    def snapshot(self, clock: Clock, averages: Mapping[str, ShardLayout]) -> str:
+        """Store a snapshot unless there is one of this time. Called by every rank, no collective.
 
         Returns:
-            The snapshot's folder, the same on all ranks.
+            Where it lies, or will.
 
         Raises:
-            StoreError: The part cannot be written; earlier snapshots are intact, and a later one can be tried.
+            StoreError: A part cannot be written, on whichever rank, or a rank does not answer; earlier snapshots are
+                intact, and a later one can be tried. Of a snapshot that is written beside the training, the next call
+                tells.
             ModelMismatch: A tensor that is stored as it is has another shape or dtype than when the run began.
         """
         if self.lacks(clock.t):
-            self._last = (clock.t, self._write(clock, averages))
+            self._jobs.wait()
+            before = self._last
+            record = SnapshotRecord(self.record.run, self._name, self.stored, clock.t, clock.start, ())
+            # Counted before it is written: after a failure on one rank, all ranks still agree on the next one's number.
+            self.stored += 1
+            ready = _attempted(lambda: self._prepared(averages))
+            self._last = (clock.t, f"{self._folder.url}/{snapshot_folder(record.session, record.snapshot)}")
+            self._jobs.submit(partial(self._store, record, ready, before))
         return self._last[1]
 
-    def _write(self, clock: Clock, averages: Mapping[str, ShardLayout]) -> Path:
-        part = PartRecord(self.record.run, self._name, self.stored, rank_and_size()[0], clock.t, clock.start, size=0)
-        # Counted before it is written: after a failure on one rank, all ranks still agree on the next one's number.
-        self.stored += 1
-        copied, frozen = live_shards(self._copied, self.record.copied), live_shards(self._kept, self.record.frozen)
+    def check(self) -> None:
+        """Raise the failure of a snapshot that was written beside the training; never waits."""
+        self._jobs.check()
+
+    def close(self) -> None:
+        """Wait for the last snapshot, and give the folder up.
+
+        Raises:
+            StoreError: The last snapshot could not be stored.
+        """
+        try:
+            self._jobs.close()
+        finally:
+            self._commits.close()
+            for secretary in self._secretaries:
+                secretary.close()
+
+    def _prepared(self, averages: Mapping[str, ShardLayout]) -> _Ready:
+        """All that is read of live tensors."""
+        copied, frozen = live_shards(self._live[1], self.record.copied), live_shards(self._live[2], self.record.frozen)
         if not self._started:
-            self._start(frozen)
+            self._frozen.recognise(frozen, self._found_layers)
             self._started = True
-        number = self._frozen.number(frozen, lambda *store: self._store(frozen, *store))
-        return write_snapshot(self._root, replace(part, frozen=number), averages, copied, dtype=self.record.dtype)
+        number = self._frozen.number(frozen, lambda number: self._store_frozen(frozen, number))
+        norms, gaps = squared_norms(tuple(averages.values()))
+        *staged, copied = self._stage((*averages.values(), copied))
+        marks = () if self._frozen.marks == self._told else self._frozen.marks
+        return _Ready(dict(zip(averages, staged, strict=True)), copied, Report(Part(frozen=number), norms, gaps, marks))
 
-    def _start(self, frozen: ShardLayout) -> None:
-        """Write down what this session continues and what this rank stores in it."""
-        found, (rank, size) = self._frozen.found, rank_and_size()
-        marks = self._frozen.inherited(
-            frozen, lambda: frozen_layers(self._root, self.record, found.session, found.numbers)
-        )
-        session = SessionRecord(
-            self.record.run, self._name, self._parent, self._resumed_at, size, found.session, found.numbers
-        )
-        start_session(self._root, session, rank, self._layout, self._copied, frozen, marks)
+    def _store(self, record: SnapshotRecord, ready: Callable[[], _Ready], before: tuple[float, str]) -> None:
+        """Write this rank's part, and have rank 0 commit the snapshot once all did."""
+        try:
+            reports = self._commits.collect(lambda: self._written(record, ready()))
+            self._told = self._frozen.marks
+            self._commits.agree(lambda: self._commit(record, reports))
+        except BaseException:
+            self._last = before
+            raise
 
-    def _store(self, frozen: ShardLayout, number: int, marks: tuple[int, ...]) -> None:
-        record = FrozenRecord(self.record.run, self._name, number, rank_and_size()[0], 0, marks)
-        write_frozen(self._root, record, frozen)
+    def _commit(self, record: SnapshotRecord, reports: list[Report]) -> None:
+        for secretary in self._secretaries:
+            secretary.commit(record, reports, self._resumed_at)
+
+    def _written(self, record: SnapshotRecord, ready: _Ready) -> Report:
+        rank, dtype = rank_and_size()[0], self.record.dtype
+        part = write_part(self._folder, record, rank, ready.averages, ready.copied, dtype=dtype)
+        return replace(ready.report, part=replace(part, frozen=ready.report.part.frozen))
+
+    def _store_frozen(self, frozen: ShardLayout, number: int) -> None:
+        record = FrozenRecord(self.record.run, self._name, number, rank_and_size()[0])
+        write_frozen(self._folder, record, frozen)
+
+    def _found_layers(self) -> tuple[FrozenLayer, ...]:
+        """Where the frozen tensors lie that were found stored."""
+        return next(s.frozen for s in reversed(open_run(self._folder).snapshots) if s.frozen)
 
 
-def _opened(root: Path, expected: RunRecord) -> tuple[RunRecord, str, tuple[tuple[float, Path], ...], Found]:
-    """The run's record, the session to continue, its snapshots (time and folder), and the frozen tensors they have."""
-    if not run_exists(root):
-        create_run(root, expected)
-        return expected, "", (), Found()
-    run = open_run(root)
-    check_same_model(root, run.record, expected)
-    return run.record, run.head, tuple((snapshot.t, snapshot.folder) for snapshot in run.snapshots), found_in(run)
+def _attempted(act: Callable[[], T]) -> Callable[[], T]:
+    """Do something now; its result, or its failure, is told when it is asked for."""
+    try:
+        value = act()
+    except Exception as error:
+        failure = error
+
+        def fail() -> T:
+            raise failure
+
+        return fail
+    return lambda: value
+
+
+def _open(folder: Folder, expected: RunRecord) -> _Opened:
+    """Open a run, or make it, and claim it for this process."""
+    name = uuid.uuid4().hex[:12]
+    if not run_exists(folder):
+        create_run(folder, expected)
+        return _Opened(expected, "", (), Found(), claim_run(folder, expected), name)
+    run = open_run(folder)
+    check_same_model(folder.url, run.record, expected)
+    claim = claim_run(folder, run.record)
+    remove_unfinished(folder, run.unfinished)
+    snapshots = tuple((snapshot.t, snapshot.where) for snapshot in run.snapshots)
+    return _Opened(run.record, run.head, snapshots, found_in(run), claim, name)

@@ -51,7 +51,8 @@ def sources_of(run: Run) -> tuple[Source, ...]:
     """
     if not run.snapshots:
         raise StoreError(
-            f"{run.root} holds no finished snapshot", hint="train past the first snapshot_every, or call ema.close()"
+            f"{run.root.url} holds no finished snapshot",
+            hint="train past the first snapshot_every, or call ema.close()",
         )
     return tuple(Source(snapshot, k) for snapshot in run.snapshots for k in range(len(run.record.averages)))
 

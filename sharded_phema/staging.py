@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_phema.errors import OrderError
 from sharded_phema.layout import ParamShard, ShardLayout
 
-__all__ = ["HostCopies"]
+__all__ = ["HostCopies", "LazyCopies", "alive"]
 
 BUFFER_BYTES = 1 << 28
 """Length up to which buffers are filled; only a larger tensor has a larger one, of its own.
@@ -65,6 +65,27 @@ class HostCopies:
         for device in {source.device for _, source in sources if _queues(source.device)}:
             torch.cuda.current_stream(device).synchronize()
         return self._staged
+
+
+class LazyCopies:
+    """Copies of the layouts that it is called with, in host memory that is made at the first call.
+
+    Later calls must bring the same layouts, as live as they are then.
+    """
+
+    def __init__(self) -> None:
+        self._copies = HostCopies(())
+
+    def __call__(self, layouts: tuple[ShardLayout, ...]) -> tuple[ShardLayout, ...]:
+        """The layouts, in host memory."""
+        if not self._copies.nbytes:
+            self._copies = HostCopies(layouts)
+        return self._copies.take()
+
+
+def alive(layouts: tuple[ShardLayout, ...]) -> tuple[ShardLayout, ...]:
+    """The layouts themselves, for who writes at once."""
+    return layouts
 
 
 def _staged(layouts: Sequence[ShardLayout]) -> tuple[ShardLayout, ...]:

@@ -125,7 +125,7 @@ def _snapshot_at(run: Run, t: float | None) -> Snapshot:
     if not found:
         times = ", ".join(f"{snapshot.t:g}" for snapshot in run.snapshots) or "none"
         raise StoreError(
-            f"{run.root}: no snapshot {'at all' if t is None else f'at t={t:.17g}'}; there are: {times}",
+            f"{run.root.url}: no snapshot {'at all' if t is None else f'at t={t:.17g}'}; there are: {times}",
             hint="resume from a time in the list, or start a new run in its own folder",
         )
     return found[-1]

@@ -44,15 +44,16 @@ def show_info(run: Run, *, as_json: bool) -> None:
         "frozen": len(record.frozen),
         "snapshots": len(run.snapshots),
         "bytes": sum(snapshot.size for snapshot in run.snapshots) + run.frozen_size,
-        "unfinished": run.unfinished,
-        "abandoned": run.abandoned,
+        "unfinished": len(run.unfinished),
+        "abandoned": len(run.abandoned),
+        "damaged": len(run.damaged),
     }
-    rows = [(s.t, len(s.parts), s.size, str(s.folder)) for s in run.snapshots]
+    rows = [(s.t, len(s.facts.parts), s.size, s.where) for s in run.snapshots]
     if as_json:
         keys = ("t", "ranks", "bytes", "folder")
         _print_json(facts | {"snapshots": [dict(zip(keys, row, strict=True)) for row in rows]})
         return
-    table = Table("", "", title=str(run.root), show_header=False)
+    table = Table("", "", title=run.root.url, show_header=False)
     for key, value in facts.items():
         text = size_text(value) if key == "bytes" else ", ".join(value) if isinstance(value, list) else f"{value}"
         table.add_row(key, text)

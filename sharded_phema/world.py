@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "broadcast", "from_first", "gather", "launch_rank", "launched", "rank_and_size"]
+__all__ = ["agree", "broadcast", "from_first", "gather", "gather_to_first", "launch_rank", "launched", "rank_and_size"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,15 @@ def gather(value: T) -> list[T]:
     values: list[T] = [value] * rank_and_size()[1]
     if _grouped():
         dist.all_gather_object(values, value)
+    return values
+
+
+def gather_to_first(value: T) -> list[T]:
+    """Every rank's value, in rank order, on rank 0; nothing on the others. Values are small Python objects."""
+    rank, size = rank_and_size()
+    values: list[T] = [value] * size if rank == 0 else []
+    if _grouped():
+        dist.gather_object(value, values or None, dst=0)
     return values
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2s
 
-__all__ = ["Writer", "temporary_name", "writer_of"]
+__all__ = ["Writer", "place_here", "temporary_name", "writer_of"]
 
 PATTERN = re.compile(r"\..+\.([0-9a-f]{16})-([1-9][0-9]{0,8})-[0-9a-f]{16}\.tmp", re.DOTALL)
 
@@ -28,7 +28,7 @@ class Writer:
         That can be known only where it ran: on the same boot of the same machine, in the same container. A
         process that has taken its number since keeps it from being known.
         """
-        if self.place != _place():
+        if self.place != place_here():
             return False
         try:
             os.kill(self.pid, 0)
@@ -41,7 +41,7 @@ class Writer:
 
 def temporary_name(name: str) -> str:
     """A name, unlike any other, under which this process may write what ``name`` is to be."""
-    return f".{name}.{_place()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    return f".{name}.{place_here()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 
 def writer_of(name: str) -> Writer | None:
@@ -51,7 +51,7 @@ def writer_of(name: str) -> Writer | None:
 
 
 @cache
-def _place() -> str:
+def place_here() -> str:
     """This boot of this machine and this namespace of processes; something unlike any where these are not told."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:

@@ -62,7 +62,7 @@ def _slab(shape: Shape, boxes: Sequence[Box]) -> tuple[int, int, int] | None:
 
 def layout_record(run: RunRecord, ranks: Sequence[Here]) -> LayoutRecord:
     """The layout of all ranks, in rank order."""
-    shapes = [tensor.shape for tensor in (*run.parameters, *run.copied, *run.frozen)]
+    shapes = [parameter.shape for parameter in run.parameters] + [tensor.shape for tensor in run.raw]
     rows = np.concatenate([np.insert(one.slabs, 1, rank, axis=1) for rank, one in enumerate(ranks)])
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # by tensor, then rank
     firsts = np.searchsorted(rows[:, 0], np.arange(len(shapes) + 1))
@@ -75,9 +75,7 @@ def layout_record(run: RunRecord, ranks: Sequence[Here]) -> LayoutRecord:
         for index, (shape, (begin, end)) in enumerate(zip(shapes, pairwise(firsts.tolist()), strict=True))
     ]
     averaged, copied = len(run.parameters), len(run.parameters) + len(run.copied)
-    return LayoutRecord(
-        run.run, len(ranks), tuple(cuts[:averaged]), tuple(cuts[averaged:copied]), tuple(cuts[copied:])
-    )
+    return LayoutRecord(run.run, len(ranks), tuple(cuts[:averaged]), tuple(cuts[averaged:copied]), tuple(cuts[copied:]))
 
 
 def _cut(shape: Shape, ranks: int, slabs: NDArray[np.int64], others: Mapping[int, tuple[Box, ...]]) -> Cut:
@@ -148,17 +146,20 @@ class Layout:
 
 
 def _held(cut: Cut, shape: Shape, world_size: int) -> Held:
+    held: Held = ()
     if cut.edges:
         fits = len(cut.edges) == world_size + 1 and cut.dim < len(shape) and cut.edges[-1] == shape[cut.dim]
         pairs = enumerate(pairwise(cut.edges))
-        held = tuple((rank, (_box(shape, cut.dim, a, b),)) for rank, (a, b) in pairs if a < b) if fits else ()
+        if fits:
+            held = tuple((rank, (_box(shape, cut.dim, a, b),)) for rank, (a, b) in pairs if a < b)
     else:
         fits = len(cut.ranks) == len(cut.boxes) and all(rank < world_size for rank in cut.ranks)
-        held = tuple(zip(cut.ranks, cut.boxes, strict=True)) if fits else ()
+        if fits:
+            held = tuple(zip(cut.ranks, cut.boxes, strict=True))
     inside = all(_is_inside(box, shape) for _, boxes in held for box in boxes)
     if not fits or not inside or sum(box.numel for _, boxes in held for box in boxes) != math.prod(shape):
         raise StoreError(
-            f"the layout says of a tensor of shape {shape} what cannot be in a world of {world_size} ranks: {cut}"[:500],
+            f"the layout says of a tensor of shape {shape} what cannot be of {world_size} ranks: {str(cut)[:300]}",
             hint="the layout was edited or swapped; restore the run folder",
         )
     return held

@@ -48,7 +48,7 @@ class SnapshotReader(StorageReader):
         """Refuse to be pointed elsewhere: a reader is of one snapshot."""
         if checkpoint_id is not None:
             raise StoreError(
-                f"a reader of {self._snapshot.folder} cannot read {checkpoint_id}", hint="leave checkpoint_id out"
+                f"a reader of {self._snapshot.where} cannot read {checkpoint_id}", hint="leave checkpoint_id out"
             )
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -56,7 +56,7 @@ class SnapshotReader(StorageReader):
         return Metadata({name: self._describe(parameter) for name, (_, parameter) in self._index.items()})
 
     def _describe(self, parameter: int) -> TensorStorageMetadata:
-        boxes = [box for layout in self._snapshot.layouts for box in layout.boxes[parameter]]
+        boxes = [box for _, held in self._snapshot.layout.averaged(parameter) for box in held]
         chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes]
         shape = torch.Size(self._snapshot.record.parameters[parameter].shape)
         return TensorStorageMetadata(TensorProperties(dtype=torch.float32), shape, chunks)

@@ -12,11 +12,10 @@ from sharded_phema.manifest import (
     RunRecord,
     SessionRecord,
     SnapshotRecord,
-    decode,
-    encode,
 )
 from sharded_phema.store import names
 from sharded_phema.store.cuts import Layout
+from sharded_phema.transcript import decode, encode
 
 __all__ = ["check_run", "read_layout", "read_record", "write_record"]
 

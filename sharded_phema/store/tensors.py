@@ -56,9 +56,7 @@ def write_tensors(
     return size, digester.digests
 
 
-def _pieces(
-    tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], metadata: Mapping[str, str]
-) -> Iterator[Buffer]:
+def _pieces(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], metadata: Mapping[str, str]) -> Iterator[Buffer]:
     header, begins = header_of({key: (tuple(tensor.shape), dtypes[key]) for key, tensor in tensors.items()}, metadata)
     yield header
     for key in begins:

@@ -1,4 +1,4 @@
-"""Writing: a run's record, a session's layout, each rank's own part of every snapshot, and the record that commits it."""
+"""Writing: a run's record, a session's layout, each rank's part of a snapshot, and the record that commits it."""
 
 from __future__ import annotations
 
