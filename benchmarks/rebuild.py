@@ -53,7 +53,7 @@ def store_run(root: Path, elements: int, snapshots: int) -> None:
 def bare_read(plan: Plan) -> None:
     """The bytes that the plan needs, read into one buffer of 4 MiB."""
     buffer = memoryview(bytearray(1 << 22))
-    for path in sorted({path for source in plan.sources for path in source.snapshot.folder.glob("*.safetensors")}):
+    for path in sorted({path for source in plan.sources for path in Path(source.snapshot.where).glob("*.safetensors")}):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
@@ -62,10 +62,10 @@ def bare_read(plan: Plan) -> None:
 def classic(plan: Plan) -> list[dict[str, torch.Tensor]]:
     """Whole files, one after another, each added to the sum of every target."""
     sums: list[dict[str, torch.Tensor]] = [{} for _ in plan.targets]
-    weights = {(s.snapshot.folder, s.average): row for s, row in zip(plan.sources, plan.coefficients, strict=True)}
+    weights = {(s.snapshot.where, s.average): row for s, row in zip(plan.sources, plan.coefficients, strict=True)}
     labels = plan.run.record.averages
-    for folder in dict.fromkeys(source.snapshot.folder for source in plan.sources):
-        for path in sorted(folder.glob("*.safetensors")):
+    for folder in dict.fromkeys(source.snapshot.where for source in plan.sources):
+        for path in sorted(Path(folder).glob("*.safetensors")):
             for key, tensor in load_file(path).items():
                 average = next(i for i, label in enumerate(labels) if key.startswith(label + "."))
                 name = key.removeprefix(labels[average] + ".").rpartition(":")[0]  # one process stores one box each

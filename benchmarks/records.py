@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import Bench
 from grid import TRACKED, Grid
-from sharded_phema.manifest import PartRecord, RunRecord
+from sharded_phema.folder import open_folder
+from sharded_phema.manifest import LayoutRecord, RunRecord, SnapshotRecord
 from sharded_phema.movement import Movement
 from sharded_phema.rounding import UNIT_ROUNDOFF
 from sharded_phema.schedule import snapshot_times
 from sharded_phema.source import noise_of, sources_of
 from sharded_phema.store import Run, Snapshot
+from sharded_phema.store.cuts import Layout
 
 __all__ = ["noise_shares", "run_of"]
 
@@ -27,7 +27,7 @@ def run_of(bench: Bench, grid: Grid, count: int) -> Run:
     averages = bench.stored(grid.averages(count), "float32").reshape(count, len(TRACKED), -1)
     times = snapshot_times(float(grid.steps), count)
     snapshots = [_snapshot(record, number, t, averages[number]) for number, t in enumerate(times)]
-    return Run(Path(_NAME), record, tuple(snapshots), abandoned=0, unfinished=0, head="")
+    return Run(open_folder(_NAME), record, tuple(snapshots), abandoned=(), unfinished=(), damaged=(), head="")
 
 
 def noise_shares(run: Run, storage: str, movement: Movement) -> NDArray[np.float64]:
@@ -39,5 +39,6 @@ def noise_shares(run: Run, storage: str, movement: Movement) -> NDArray[np.float
 def _snapshot(record: RunRecord, number: int, t: float, averages: NDArray[np.float64]) -> Snapshot:
     norms = tuple(float(average @ average) for average in averages)
     gap = averages[0] - averages[1]
-    part = PartRecord(_NAME, _NAME, number, rank=0, t=t, start=0.0, size=0, norms=norms, gaps=(float(gap @ gap),))
-    return Snapshot(Path(_NAME), record, (part,), ())
+    facts = SnapshotRecord(_NAME, _NAME, number, t=t, start=0.0, parts=(), norms=norms, gaps=(float(gap @ gap),))
+    layout = Layout(LayoutRecord(_NAME, world_size=1, averaged=()), record)
+    return Snapshot(open_folder(_NAME), f"{_NAME}-{number}", record, facts, layout, ())

@@ -16,6 +16,9 @@ __all__ = ["Background", "Foreground", "Jobs", "on_thread"]
 EXIT_WAIT_S = 600.0
 """Longest time that the exit of the interpreter is held up for a job, in seconds."""
 
+NOTICED_S = 0.1
+"""Waits of training that are shorter than this are not spoken of, in seconds."""
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class Jobs(Protocol):
         """Raise the failure of a job that is over; never waits."""
 
     def close(self) -> None:
-        """Wait for the last job and raise its failure. Closing twice is harmless."""
+        """Wait for the last job, as one does at an end, and raise its failure. Closing twice is harmless."""
 
 
 class Foreground:
@@ -69,7 +72,6 @@ class Background:
     def __init__(self, what: str = "snapshot") -> None:
         self._what = what
         self._job: Future[object] = _finished()
-        atexit.register(self._leave)
 
     def submit(self, job: Callable[[], object]) -> None:
         """Start a job; waits for the one before, and says so.
@@ -78,10 +80,12 @@ class Background:
             BaseException: The failure of the job before; this one is not started then.
         """
         self.wait()
+        atexit.unregister(self._leave)
+        atexit.register(self._leave)
         self._job = on_thread(job, f"sharded-phema {self._what}")
 
     def wait(self) -> None:
-        """Wait until no job runs. What a job still reads may be overwritten afterwards.
+        """Wait until no job runs, and say so. What a job still reads may be overwritten afterwards.
 
         Raises:
             BaseException: The failure of the job before.
@@ -89,11 +93,12 @@ class Background:
         if not self._job.done():
             began = time.monotonic()
             futures.wait([self._job])
-            _log.warning(
-                "training waited %.1f s for the %s before; take them less often, or write them to faster storage",
-                time.monotonic() - began,
-                self._what,
-            )
+            if (waited := time.monotonic() - began) >= NOTICED_S:
+                _log.warning(
+                    "training waited %.1f s for the %s before; take them less often, or write them to faster storage",
+                    waited,
+                    self._what,
+                )
         self.check()
 
     def check(self) -> None:
@@ -107,7 +112,7 @@ class Background:
             job.result()
 
     def close(self) -> None:
-        """Wait for the last job.
+        """Wait for the last job, and say nothing. A later one begins anew.
 
         Raises:
             BaseException: Its failure, once.

@@ -83,6 +83,8 @@ class BlockFile:
         Raises:
             StoreError: A block is damaged, or the file is missing, short, or cannot be read.
         """
+        if begin + len(out) > self.size:
+            raise self._too_short()
         while out:
             index = begin // BLOCK_BYTES
             part = out[: (index + 1) * BLOCK_BYTES - begin]
@@ -95,8 +97,16 @@ class BlockFile:
         Raises:
             StoreError: As of ``fill``; or the file is longer than its record says.
         """
-        for index in range(len(self.digests)):
+        for index in range(blocks_of(self.size, BLOCK_BYTES)):
             self._block(index)
+        try:
+            self.folder.fill([Want(self.name, self.size, bytearray(1))])
+        except StoreError:
+            return  # there is no such byte, as it should be
+        raise StoreError(
+            f"{self.folder.url}: {self.name} is longer than the {self.size} bytes that its record says",
+            hint="something was appended, or the file was swapped; restore it from a backup",
+        )
 
     def _fill_part(self, index: int, begin: int, part: memoryview) -> None:
         key = (self.folder.url, self.name, index, self.digests[index] if index < len(self.digests) else "")
@@ -124,11 +134,15 @@ class BlockFile:
     def _length(self, index: int) -> int:
         length = min(BLOCK_BYTES, self.size - index * BLOCK_BYTES)
         if length <= 0 or index >= len(self.digests):
-            raise StoreError(
-                f"{self.folder.url}: {self.name} has {self.size} bytes, and something beyond is asked for",
-                hint="the records of the run were edited or mixed; restore the run folder",
-            )
+            raise self._too_short()
         return length
+
+    def _too_short(self) -> StoreError:
+        return StoreError(
+            f"{self.folder.url}: {self.name} has {self.size} bytes and {len(self.digests)} digests, and something "
+            "beyond is asked for",
+            hint="the records of the run were edited or mixed; restore the run folder",
+        )
 
     def _prove(self, index: int, block: memoryview) -> None:
         found = xxhash.xxh3_128_hexdigest(block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,10 +31,13 @@ app = typer.Typer(
 plots = typer.Typer(no_args_is_help=True, help="Draw what a run can rebuild.")
 app.add_typer(plots, name="plot")
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that PostHocEMA wrote.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder that PostHocEMA wrote: a path or URL.")]
 Targets = Annotated[list[str], typer.Argument(metavar="TARGET...", help="What to rebuild, such as 0.12 or window:0.2.")]
 Rebuilt = Annotated[
     list[str] | None, typer.Argument(metavar="[TARGET...]", help="What to rebuild, such as 0.12 or window:0.2.")
+]
+Kept = Annotated[
+    list[str] | None, typer.Argument(metavar="[TARGET...]", help="What will be wanted; without any, no snapshot goes.")
 ]
 Metric = Literal["trajectory", "density", "paper"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -104,11 +108,14 @@ def info(run: RunFolder, json: Json = False) -> None:
 )
 def reconstruct(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(help="Folder to make; one subfolder per target.")],
+    out: Annotated[str, typer.Option(help="Folder to make; one subfolder per target.")],
     targets: Rebuilt = None,
     per_tensor: PerTensor = None,
+    format: Annotated[
+        Literal["safetensors", "dcp"], typer.Option(help="dcp: a checkpoint of torch.distributed.checkpoint.")
+    ] = "safetensors",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Limit of one file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Limit of one file of safetensors.")] = "5GB",
     tolerance: Tolerance = "auto",
     metric: Annotated[Metric, typer.Option(help="trajectory, density, or paper for its own procedure.")] = "trajectory",
     movement: Annotated[
@@ -123,13 +130,47 @@ def reconstruct(
     from sharded_phema.tables import show_rebuilt
     from sharded_phema.world import launched, rank_and_size
 
-    files: dict[str, Any] = {"out": out, "dtype": dtype, "max_shard_size": max_shard_size}
+    files: dict[str, Any] = {"out": out, "format": format, "dtype": dtype, "max_shard_size": max_shard_size}
     wanted: list[Any] = [*(targets or []), *(read_patterns(path) for path in per_tensor or [])]
     with launched():
         wish: dict[str, Any] = {"tolerance": _tolerance(tolerance), "metric": metric, "movement": movement}
         done = rebuild(run, wanted, progress=_bar, **wish, **files)
         if rank_and_size()[0] == 0:
-            show_rebuilt(done, str(out), as_json=json)
+            show_rebuilt(done, out, as_json=json)
+
+
+@app.command(epilog="Example: sharded-phema prune run/ema 0.03:0.25 decay:linear:0.2 --tolerance 1e-2")
+def prune(
+    run: RunFolder,
+    targets: Kept = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest forecast error that a target may have then.")] = None,
+    count: Annotated[int | None, typer.Option(help="Snapshots to keep.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", help="Disk to keep, such as 10GB.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it. Nothing is removed without.")] = False,
+    json: Json = False,
+) -> None:
+    """After training: which snapshots the targets can do without, and what was left behind; with --yes, remove both."""
+    from sharded_phema.pruning import plan_pruning
+    from sharded_phema.pruning import prune as remove
+    from sharded_phema.tables import show_pruning
+
+    limits = {"tolerance": tolerance, "count": count, "bytes": size}
+    plan = plan_pruning(run, targets or [], [f"{name}={value}" for name, value in limits.items() if value is not None])
+    if yes:
+        remove(plan)
+    show_pruning(plan, removed=yes, as_json=json)
+
+
+@app.command(epilog="Example: sharded-phema verify run/ema")
+def verify(run: RunFolder, json: Json = False) -> None:
+    """Read every file of a run, and say what is not as it was written; exit code 1 if anything is."""
+    from sharded_phema.tables import show_report
+    from sharded_phema.verify import verify as verified
+
+    report = verified(run, progress=partial(_bar, doing="verifying", what="files"))
+    show_report(report, as_json=json)
+    if not report.intact:
+        raise typer.Exit(1)
 
 
 @plots.command("profiles", epilog="Example: sharded-phema plot profiles run/ema 0.12 window:0.2 --out profiles.png")
@@ -180,10 +221,10 @@ def _tolerance(text: str) -> Any:
         raise typer.BadParameter(f"expected auto, exact or a number, found {text}", param_hint="--tolerance") from None
 
 
-def _bar(blocks: Iterable[Any]) -> Iterator[Any]:
+def _bar(blocks: Iterable[Any], doing: str = "rebuilding", what: str = "blocks") -> Iterator[Any]:
     from sharded_phema.world import rank_and_size
 
     console = Console(stderr=True)
-    columns = (TextColumn("rebuilding"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal or rank_and_size()[0] != 0) as progress:
         yield from progress.track(blocks)

@@ -67,6 +67,11 @@ class Commits:
         self._number, self._decided = 0, 0
         self._refused = ""
 
+    @property
+    def lost(self) -> bool:
+        """Whether this rank cannot reach the others any more."""
+        return bool(self._refused)
+
     def exchange(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Values are small objects that can be pickled.
 
@@ -110,7 +115,8 @@ class Commits:
         if failure is not None:
             raise failure from error
         # Answers stay in the store until the next exchange.
-        return [found for _, found in self._answers(self._number)] if self._rank == 0 else []
+        number = self._number
+        return [found for _, found in self._asked(lambda: self._answers(number))] if self._rank == 0 else []
 
     def close(self) -> None:
         """Leave. Rank 0 goes last, for the store may live in it; it waits as in an exchange. Harmless when repeated."""
@@ -126,10 +132,21 @@ class Commits:
         # Counted first: whatever happens here, this rank's next exchange is the others' next one.
         self._number += 1
         text, number = _text(value), self._number
-        # A store whose host hangs answers never, and its client has no timeout.
-        running = on_thread(lambda: self._verdict(number, text, combine), "sharded-phema exchange")
+        verdict = self._asked(lambda: self._verdict(number, text, combine))
+        if verdict.missing:
+            raise StoreError(
+                f"{_listed(verdict.missing)} of {self._size} did not answer within {self._timeout_s:g} s, "
+                "and may not have written their part of the snapshot",
+                hint="see the logs of these ranks; where they are only slow, allow more time. "
+                "Earlier snapshots are intact",
+            )
+        return verdict.value
+
+    def _asked(self, call: Callable[[], T]) -> T:
+        """What the store answers. One whose host hangs answers never, and its client has no timeout."""
+        running = on_thread(call, "sharded-phema exchange")
         try:
-            verdict = running.result(timeout=2 * self._timeout_s)
+            return running.result(timeout=2 * self._timeout_s)
         except (StillRunning, RuntimeError) as error:
             self._refused = (
                 f"rank {self._rank} lost the key-value store of the process group: {str(error) or 'it does not answer'}"
@@ -139,14 +156,6 @@ class Commits:
                 hint="see whether rank 0 is alive, and close the averages before the process group is destroyed; "
                 "earlier snapshots are intact",
             ) from error
-        if verdict.missing:
-            raise StoreError(
-                f"{_listed(verdict.missing)} of {self._size} did not answer within {self._timeout_s:g} s, "
-                "and may not have written their part of the snapshot",
-                hint="see the logs of these ranks; where they are only slow, allow more time. "
-                "Earlier snapshots are intact",
-            )
-        return verdict.value
 
     def _verdict(self, number: int, text: str, combine: Callable[[Sequence[Any]], Any]) -> _Verdict:
         """Answer, then read the verdict or give it, whichever is possible first."""

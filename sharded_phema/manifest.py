@@ -115,7 +115,7 @@ class ClaimRecord:
 
     Attributes:
         run: Identity of the run.
-        number: Number of the claim, higher than all before it.
+        number: Number of the claim, higher than all that lay there when it was made.
         host: Name of its machine, for people.
         pid: Its process number.
         place: Where that number means this process: a boot of a machine, and a container.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +13,15 @@ from typing import Any
 
 from sharded_phema.averages import Averages
 from sharded_phema.background import Background, Foreground
-from sharded_phema.errors import OrderError, StoreError, TargetError
+from sharded_phema.course import Course
+from sharded_phema.errors import OrderError
+from sharded_phema.filling import one_of, rebuilt_filler
 from sharded_phema.folder import open_folder
 from sharded_phema.identity import run_record
+from sharded_phema.leniency import leniency
 from sharded_phema.mapping import map_model
-from sharded_phema.per_tensor import Wanted, parse_outputs
+from sharded_phema.per_tensor import Wanted
 from sharded_phema.pruning import remover
-from sharded_phema.recipe import plan_rebuild
 from sharded_phema.retention import Retention
 from sharded_phema.rounding import check_dtype
 from sharded_phema.schedule import Schedule
@@ -29,16 +29,13 @@ from sharded_phema.scope import Buffers
 from sharded_phema.session import Session
 from sharded_phema.staging import LazyCopies, alive
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
-from sharded_phema.store import open_run
-from sharded_phema.sums import fill_shards
+from sharded_phema.store import Run, open_run
 from sharded_phema.swap import weights_swapped
 from sharded_phema.target import parse_target
 from sharded_phema.tracked import asked_for, tracked_set
-from sharded_phema.world import agree, from_first, gather
+from sharded_phema.world import agree
 
 __all__ = ["PostHocEMA"]
-
-_log = logging.getLogger(__name__)
 
 
 class PostHocEMA:
@@ -110,12 +107,10 @@ class PostHocEMA:
         timeout_s: float = 600.0,
     ) -> None:
         check_dtype(dtype)
-        if on_error not in ("raise", "warn"):
-            raise TargetError(f'on_error: expected "raise" or "warn", found {on_error!r}', hint='try on_error="raise"')
-        self._on_error = on_error
+        self._tried = leniency(on_error)
         self.root = os.fspath(root)
-        self._schedule = Schedule(float(update_every), float(snapshot_every), float(start))
-        self._tracked = tracked_set(asked_for(sigma_rels, profiles), self._schedule.start)
+        schedule = Schedule(float(update_every), float(snapshot_every), float(start))
+        self._tracked = tracked_set(asked_for(sigma_rels, profiles), schedule.start)
         self._mapped = map_model(model, optimizer, include=include, exclude=exclude, buffers=buffers)
         self._layout = self._mapped.averaged
         stored = (self._layout, self._mapped.copied, self._mapped.frozen)
@@ -130,13 +125,13 @@ class PostHocEMA:
             retain=remover(retention),
         )
         self._averages = Averages(self._layout, len(self._tracked.targets))
-        self._clock = Clock()
+        self._course = Course(self._averages, schedule, self._tracked)
         self._busy = ""
 
     @property
     def t(self) -> float:
         """Training time of the last ``update``, in the run's unit."""
-        return self._clock.t
+        return self._course.clock.t
 
     def update(self, t: float | None = None) -> None:
         """Take the weights as they are now into every average. Call it after ``optimizer.step()``.
@@ -149,18 +144,8 @@ class PostHocEMA:
             OrderError: Time does not advance, the averages were not restored, or the weights are swapped.
             StoreError: A snapshot was due and cannot be written.
         """
-        last, t = self._clock.t, self._clock.t + 1 if t is None else float(t)
         self._check_ready("update")
-        if not (math.isfinite(t) and t > last):
-            raise OrderError(
-                f"update at training time {t:.17g}: it must be later than the last one, {last:.17g}",
-                hint=f"count {self._session.record.unit} since training began, and update once per optimizer step",
-            )
-        due = self._schedule.updates(self._clock.updated, t)
-        self._clock = self._clock.at(t)
-        if due:
-            self._move_averages()
-        if self._schedule.snapshots(last, t):
+        if self._course.advance(t, self._session.record.unit):
             self.snapshot()
         self._tried(self._session.check)
 
@@ -178,14 +163,12 @@ class PostHocEMA:
             ModelMismatch: A buffer or frozen parameter has another shape or dtype than when this object was made.
         """
         self._check_ready("snapshot")
-        return self._tried(self._snapshot)
+        return self._session.latest if self._tried(self._snapshot) else ""
 
-    def _snapshot(self) -> str:
-        self._averages.check_live()
-        self._take_pending()
-        if self._clock.start == math.inf:
-            raise OrderError("snapshot: nothing was averaged yet", hint="call update() after the first optimizer step")
-        return self._session.snapshot(self._clock, self._averages_by_label())
+    def _snapshot(self) -> None:
+        self._course.catch_up()
+        self._course.check_begun("snapshot")
+        self._session.snapshot(self._course.clock, self._averages_by_label(), check=self._averages.check_live)
 
     @contextmanager
     def swapped(
@@ -209,7 +192,7 @@ class PostHocEMA:
         """
         self._check_ready("swapped")
         self._averages.check_live()
-        fill = self._filler(_one_of(target, sigma_rel))
+        fill = self._filler(one_of(target, sigma_rel))
         self._busy = "the weights are swapped for an average"
         try:
             with weights_swapped(self._layout, self._mapped.shared, fill, self._mapped.publish, offload=offload):
@@ -223,7 +206,7 @@ class PostHocEMA:
         Tensors alias the averages: save before the next update. Keys are parameter
         names and hold global shapes, so that any world size can load them.
         """
-        return state_of(self._clock, self._averages_by_label())
+        return state_of(self._course.clock, self._averages_by_label())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state that ``state_dict`` gave, on this or another world size.
@@ -251,19 +234,30 @@ class PostHocEMA:
         self._check_fresh()
         averages = self._averages_by_label()
         self._continue_at(agree(lambda: fill_from_snapshot(open_run(self.root), t, averages)))
-        return self._clock.t
+        return self.t
 
     def close(self) -> None:
-        """Store what the last snapshot does not hold yet, and end. Closing twice is harmless."""
+        """Store what the last snapshot does not hold yet, wait until it is stored, and end. Closing twice is harmless.
+
+        Raises:
+            StoreError: That failed, and nothing was ended: call it again once there is room. Or one that was written
+                beside the training failed before; then all was ended.
+        """
         if self._busy == "closed":
             return
         if self._busy:
             self._check_ready("close")
-        self._take_pending()
-        if self._clock.start < math.inf and self._session.lacks(self._clock.t):
-            self.snapshot()
+        earlier = self._session.settled()
+        self._tried(self._store_the_rest)
         self._busy = "closed"
-        self._tried(self._session.close)
+        self._session.close()
+        self._tried(earlier)
+
+    def _store_the_rest(self) -> None:
+        self._course.catch_up()
+        if self._course.begun and self._session.lacks(self.t):
+            self._snapshot()
+        self._session.wait()
 
     def __enter__(self) -> PostHocEMA:
         return self
@@ -271,30 +265,6 @@ class PostHocEMA:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.close()
-
-    def _tried(self, act: Callable[[], str | None]) -> str:
-        """Store something; a failure is raised or, where the user asked for that, logged."""
-        try:
-            return act() or ""
-        except StoreError as error:
-            if self._on_error == "raise":
-                raise
-            _log.warning("a snapshot could not be stored, and training goes on without it: %s", error)
-            return ""
-
-    def _take_pending(self) -> None:
-        """Bring the averages up to now, where the rhythm of updates left weights out."""
-        if self._clock.updated < self._clock.t and self._clock.t >= self._schedule.start:
-            self._move_averages()
-
-    def _move_averages(self) -> None:
-        clock = self._clock
-        # The first weights that are averaged are the average.
-        weights = [1.0] * len(self._tracked.targets)
-        if clock.start < math.inf:
-            weights = self._tracked.entering(clock.start, clock.updated, clock.t)
-        self._averages.update_(weights)
-        self._clock = clock.after_update()
 
     def _averages_by_label(self) -> dict[str, Any]:
         return {label: self._averages.layout(index) for index, label in enumerate(self._session.record.averages)}
@@ -307,36 +277,23 @@ class PostHocEMA:
             )
 
     def _continue_at(self, restored: Clock) -> None:
-        self._clock = restored
+        self._course.clock = restored
         self._session.continue_at(restored.t)
 
     def _filler(self, wanted: Wanted) -> Callable[[], object]:
         """What writes the wanted average into the local shards."""
-        if self._clock.start == math.inf:
-            raise OrderError("swapped: nothing was averaged yet", hint="call update() after the first optimizer step")
+        self._course.check_begun("swapped")
         index = None if isinstance(wanted, Mapping) else self._tracked.find(parse_target(wanted))
         if index is not None:
             return partial(self._averages.copy_to_params_, index)
-        outputs = parse_outputs([wanted])
-        gather(None)  # after this, the last snapshot is on disk whole
-        run = agree(self._session.run)
-        if not run.snapshots:
-            raise OrderError(
-                f"swapped: {wanted} is not tracked; this run tracks {list(self._tracked.asked)}, and has stored no "
-                "snapshot from which it could be rebuilt",
-                hint="swap one of those, or call ema.snapshot() first",
-            )
-        plan = plan_rebuild(run, outputs, once=from_first)
-        return lambda: agree(lambda: fill_shards(plan, self._layout))
+        return rebuilt_filler(wanted, self._stored_run, self._layout, tracked=self._tracked.asked)
+
+    def _stored_run(self) -> Run:
+        """The run, once its last snapshot is in storage whole."""
+        self._tried(self._session.wait)
+        return self._session.run()
 
     def _check_ready(self, act: str) -> None:
         if self._busy:
             raise OrderError(f"{act}: {self._busy}", hint="leave the swapped block first, or make a new PostHocEMA")
         self._session.check_restored(act)
-
-
-def _one_of(target: Wanted | None, sigma_rel: float | None) -> Wanted:
-    given = [value for value in (target, sigma_rel) if value is not None]
-    if len(given) != 1:
-        raise OrderError(f"swapped takes one average, found {len(given)}", hint="for example swapped(sigma_rel=0.10)")
-    return given[0]

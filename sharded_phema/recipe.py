@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from sharded_phema.profile import Profile
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.select import Tolerance, select
 from sharded_phema.source import MovementWish, Source, movement_in, noise_of, sources_of
-from sharded_phema.store import Run
+from sharded_phema.store import Damaged, Run, snapshot_folder
 from sharded_phema.target import Target
 
 __all__ = ["Plan", "PlannedOutput", "PlannedTarget", "plan_rebuild", "recipe_text"]
@@ -30,12 +30,16 @@ Solution = tuple[tuple["PlannedTarget", ...], tuple["PlannedOutput", ...], Array
 
 @dataclass(frozen=True, slots=True)
 class PlannedTarget:
-    """A target, the training time at which it is rebuilt, and its fit to the sources."""
+    """A target, the training time at which it is rebuilt, and its fit to the sources.
+
+    ``forecast_before`` is the forecast as if no snapshot had to be left out, as far as the records of those still tell.
+    """
 
     target: Target
     t: float
     profile: Profile
     fit: Fit
+    forecast_before: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,11 @@ class Plan:
     outputs: tuple[PlannedOutput, ...]
     sources: tuple[Source, ...]
     coefficients: Array = field(repr=False)
+
+    @property
+    def left_out(self) -> tuple[Damaged, ...]:
+        """Snapshots that are not used because they are damaged."""
+        return _lost(self.run)
 
     @property
     def bytes_to_read(self) -> int:
@@ -127,11 +136,28 @@ def _solution(
     choices = [output.choice(names) for output in outputs]
     targets = tuple(dict.fromkeys(target for choice in choices for target in choice))
     planned, weights = _fitted(run, pool, targets, tolerance, metric, movement_in(run, movement))
+    if (before := _as_if_whole(run)) is not run:
+        all_of_it = (before, sources_of(before), targets, tolerance, metric, movement_in(before, movement))
+        fits = [one.fit.forecast for one in _fitted(*all_of_it)[0]]
+        planned = tuple(replace(one, forecast_before=fit) for one, fit in zip(planned, fits, strict=True))
     if isinstance(tolerance, float | int):
         _check_tolerance(run, planned, tolerance)
     place = {target: k for k, target in enumerate(targets)}
     chosen = [PlannedOutput(o, tuple(place[t] for t in c)) for o, c in zip(outputs, choices, strict=True)]
     return planned, tuple(chosen), weights
+
+
+def _lost(run: Run) -> tuple[Damaged, ...]:
+    return tuple(damaged for damaged in run.damaged if not damaged.abandoned)
+
+
+def _as_if_whole(run: Run) -> Run:
+    """The run with the damaged snapshots whose records can be read, for forecasts; itself if there are none."""
+    like, known = run.snapshots[0], {snapshot.t for snapshot in run.snapshots}
+    facts = [damaged.facts for damaged in _lost(run) if damaged.facts and damaged.facts.t not in known]
+    lost = {one.t: replace(like, name=snapshot_folder(one.session, one.snapshot), facts=one) for one in facts}
+    order = sorted((*run.snapshots, *lost.values()), key=lambda snapshot: snapshot.t)
+    return replace(run, snapshots=tuple(order)) if lost else run
 
 
 def _fitted(
@@ -161,7 +187,9 @@ def _fitted(
             found = fit(sources, wanted, metric=metric, **known)
         fits |= dict(zip(chosen, found, strict=True))
         weights[np.ix_(usable, chosen)] = np.stack([one.coefficients for one in found], axis=1)
-    planned = tuple(PlannedTarget(targets[k], times[k], profiles[k], fits[k]) for k in range(len(targets)))
+    planned = tuple(
+        PlannedTarget(targets[k], times[k], profiles[k], fits[k], fits[k].forecast) for k in range(len(targets))
+    )
     return planned, weights
 
 
@@ -171,7 +199,8 @@ def _time(run: Run, target: Target) -> float:
     if not first <= t <= last:
         raise TargetError(
             f"{target.text}: training time {t:g} lies outside the snapshots of {run.root.url}, "
-            f"which span {run.record.unit} {first:g} to {last:g}",
+            f"which span {run.record.unit} {first:g} to {last:g}"
+            + (", the damaged ones left out" if _lost(run) else ""),
             hint=f"choose a time from {first:g} to {last:g}, or leave @t=... out for the last",
         )
     return t
@@ -194,7 +223,9 @@ def recipe_text(plan: Plan, index: int, dtype: str, metric: str) -> str:
     output, record = plan.outputs[index], plan.run.record
     head = {"format": "sharded_phema rebuilt average", "version": 1, "run": record.run, "unit": record.unit}
     parts = {k: _recipe(plan, k) for k in dict.fromkeys(output.choice)}
-    facts = {"dtype": dtype, "metric": metric}
+    facts: dict[str, Any] = {"dtype": dtype, "metric": metric}
+    if plan.left_out:
+        facts["left_out"] = [{"snapshot": lost.name, "reason": lost.reason} for lost in plan.left_out]
     if output.output.uniform and parts:
         return json.dumps(head | facts | next(iter(parts.values())), indent=1) + "\n"
     patterns = {pattern: target.text for pattern, target in output.output.patterns}
@@ -208,6 +239,7 @@ def _recipe(plan: Plan, target: int) -> dict[str, Any]:
         "target": planned.target.text,
         "t": planned.t,
         "forecast": planned.fit.forecast,
+        **({"forecast_before": planned.forecast_before} if plan.left_out else {}),
         "fit_part": planned.fit.fit_part,
         "rounding_part": planned.fit.rounding_part,
         "noise_gain": planned.fit.noise_gain,

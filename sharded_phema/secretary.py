@@ -7,14 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import xxhash
-
-from sharded_phema.errors import PhemaError
 from sharded_phema.folder import Folder
 from sharded_phema.frozen import Marks, mark_of
 from sharded_phema.manifest import Part, RunRecord, SessionRecord, SnapshotRecord
-from sharded_phema.store import Claim, Here, Run, commit_snapshot, layout_record, open_run, start_session
-from sharded_phema.transcript import encode
+from sharded_phema.store import Claim, Here, commit_snapshot, layout_id, layout_record, start_session
 
 __all__ = ["Report", "Secretary"]
 
@@ -47,7 +43,7 @@ class Secretary:
         session: The session's record, but for the layout and the time that it resumed at.
         ranks: What each rank writes.
         claim: This process's claim to the run.
-        retain: Called with the run after each snapshot.
+        retain: Called with the folder after each snapshot.
     """
 
     def __init__(
@@ -57,13 +53,21 @@ class Secretary:
         session: SessionRecord,
         ranks: Sequence[Here],
         claim: Claim,
-        retain: Callable[[Run], object],
+        retain: Callable[[Folder], object],
     ) -> None:
         self._folder, self._claim, self._retain = folder, claim, retain
         self._layout = layout_record(run, ranks)
-        self._session = replace(session, layout=xxhash.xxh3_64_hexdigest(encode(self._layout)))
+        self._session = replace(session, layout=layout_id(self._layout))
         self._marks: list[Marks] = [()] * len(ranks)
-        self._started = False
+        self._started, self._stored_at = False, -math.inf
+
+    def check(self) -> None:
+        """Prove that the run is still this process's.
+
+        Raises:
+            OrderError: Another process claimed it.
+        """
+        self._claim.check()
 
     def commit(self, record: SnapshotRecord, reports: Sequence[Report], resumed_at: float) -> None:
         """Make a snapshot exist whose parts are all in storage.
@@ -77,12 +81,14 @@ class Secretary:
             OrderError: Another process claimed the run.
             StoreError: A record cannot be written.
         """
+        # First of all: ranks tell only once what they know of their frozen tensors, whatever fails below.
+        self._marks = [report.marks or known for report, known in zip(reports, self._marks, strict=True)]
         self._claim.check()
+        if self._stored_at == record.t:
+            return  # the snapshot before exists, whatever the ranks were told, and a time has one only
         if not self._started:
             start_session(self._folder, replace(self._session, resumed_at=resumed_at), self._layout)
             self._started = True
-        told = zip(reports, self._marks, strict=True)
-        self._marks = [report.marks or known for report, known in told]
         commit_snapshot(
             self._folder,
             replace(
@@ -93,6 +99,7 @@ class Secretary:
                 frozen_mark=mark_of(self._marks),
             ),
         )
+        self._stored_at = record.t
         self._keep_what_is_needed()
 
     def close(self) -> None:
@@ -101,9 +108,9 @@ class Secretary:
 
     def _keep_what_is_needed(self) -> None:
         try:
-            self._retain(open_run(self._folder))
-        except PhemaError as error:
-            # The snapshot is stored; too much is kept at worst.
+            self._retain(self._folder)
+        except Exception as error:
+            # The snapshot is stored, whatever happens here; too much is kept at worst.
             _log.warning("snapshots that are not needed any more were kept: %s", error)
 
 

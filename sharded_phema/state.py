@@ -113,17 +113,35 @@ def fill_from_snapshot(run: Run, t: float | None, averages: Averages) -> Clock:
         StoreError: No such snapshot, or it is damaged.
     """
     snapshot = _snapshot_at(run, t)
-    for index, layout in enumerate(averages.values()):
-        for parameter, shard in enumerate(layout):
-            for box, piece in zip(shard.boxes, BoxTensor.of(shard).pieces.values(), strict=True):
-                piece.copy_(torch.from_numpy(snapshot.read_box(index, parameter, box)))
+    try:
+        for index, layout in enumerate(averages.values()):
+            for parameter, shard in enumerate(layout):
+                for box, piece in zip(shard.boxes, BoxTensor.of(shard).pieces.values(), strict=True):
+                    piece.copy_(torch.from_numpy(snapshot.read_box(index, parameter, box)))
+    except StoreError as error:
+        before = [other.t for other in run.snapshots if other.t < snapshot.t]
+        mend = f"resume(t={before[-1]:.17g}), with weights of that time" if before else "start a new run elsewhere"
+        raise StoreError(error.message, hint=f"restore the file from a backup, or {mend}") from error
     return Clock(snapshot.t, snapshot.t, snapshot.start)
 
 
 def _snapshot_at(run: Run, t: float | None) -> Snapshot:
     found = [snapshot for snapshot in run.snapshots if t is None or snapshot.t == t]
+    times = ", ".join(f"{snapshot.t:g}" for snapshot in run.snapshots) or "none"
+    last = run.snapshots[-1].t if run.snapshots else 0.0
+    broken = [
+        each
+        for each in run.damaged
+        if not each.abandoned and (each.facts is None or (each.facts.t > last if t is None else each.facts.t == t))
+    ]
+    if broken and (t is None or not found):
+        # It may be the last one: going back unasked to the one before would average other weights in.
+        raise StoreError(
+            f"{run.root.url}: {broken[0].name} is damaged, and may be the one to resume from; whole ones: {times}. "
+            f"{broken[0].reason}",
+            hint="restore it from a backup, or resume from the time of a whole one, with weights of the same time",
+        )
     if not found:
-        times = ", ".join(f"{snapshot.t:g}" for snapshot in run.snapshots) or "none"
         raise StoreError(
             f"{run.root.url}: no snapshot {'at all' if t is None else f'at t={t:.17g}'}; there are: {times}",
             hint="resume from a time in the list, or start a new run in its own folder",

@@ -9,16 +9,19 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sharded_phema.forecast import Outlook
+from sharded_phema.pruning import Pruning
 from sharded_phema.recipe import Plan, PlannedTarget
 from sharded_phema.recommend import Recommendation
-from sharded_phema.store import Run
+from sharded_phema.store import Run, Snapshot
 from sharded_phema.target import Target, parse_target
+from sharded_phema.verify import Report
 from sharded_phema.width import sigma_rel_of
 
-__all__ = ["show_info", "show_outlooks", "show_rebuilt", "size_text"]
+__all__ = ["show_info", "show_outlooks", "show_pruning", "show_rebuilt", "show_report", "size_text"]
 
 
 def size_text(size: float) -> str:
@@ -110,14 +113,18 @@ def _recommended(plans: Sequence[Recommendation]) -> Table:
 
 
 def show_rebuilt(plan: Plan, out: str, *, as_json: bool) -> None:
-    """What was rebuilt, with which forecast."""
+    """What was rebuilt, with which forecast; on stderr, which damaged snapshots were left out, and what that costs."""
+    if plan.left_out:
+        _show_left_out(plan)
     keys = ("target", "t", "forecast", "fit_part", "rounding_part", "noise_gain", "folder")
     rows = [
         (p.target.text, p.t, p.fit.forecast, p.fit.fit_part, p.fit.rounding_part, p.fit.noise_gain, f"{out}/{slug}")
         for slug, p in _rebuilt(plan)
     ]
     if as_json:
-        read = {"sources": len(plan.sources), "bytes_read": plan.bytes_to_read}
+        read: dict[str, Any] = {"sources": len(plan.sources), "bytes_read": plan.bytes_to_read}
+        if plan.left_out:
+            read["left_out"] = [{"snapshot": lost.name, "reason": lost.reason} for lost in plan.left_out]
         _print_json(read | {"targets": [dict(zip(keys, row, strict=True)) for row in rows]})
         return
     title = f"rebuilt from {len(plan.sources)} stored averages, {size_text(plan.bytes_to_read)} read"
@@ -126,6 +133,75 @@ def show_rebuilt(plan: Plan, out: str, *, as_json: bool) -> None:
     for text, t, error, fit, rounding, gain, folder in rows:
         table.add_row(text, f"{t:.17g}", _error(error), f"{fit:.1e}", f"{rounding:.1e}", f"{gain:.3g}", folder)
     _print(table)
+
+
+def show_pruning(plan: Pruning, *, removed: bool, as_json: bool) -> None:
+    """What is removed of a run, or would be, and what it costs each target."""
+    waste, unit = plan.waste, plan.run.record.unit
+    snapshots = [(kind, s.t, s.size, s.where) for kind, group in _going(plan).items() for s in group]
+    others = {"unfinished": waste.unfinished, "frozen": waste.frozen, "temporary": waste.temporary}
+    costs = [(cost.target.text, cost.t, cost.before, cost.after) for cost in plan.kept.costs]
+    if as_json:
+        facts = {"removed": removed, "kept": len(plan.kept.kept), "bytes": plan.freed, "damaged": len(plan.run.damaged)}
+        going = [dict(zip(("kind", "t", "bytes", "folder"), row, strict=True)) for row in snapshots]
+        keys = ("target", "t", "before", "after")
+        _print_json(
+            facts | {"snapshots": going} | others | {"targets": [dict(zip(keys, row, strict=True)) for row in costs]}
+        )
+        return
+    what = f"{len(plan.dropped)} of {len(plan.run.snapshots)} snapshots and what was left behind"
+    listing = Table(
+        "", unit, "size", "folder", title=f"{what}: {size_text(plan.freed)} {'freed' if removed else 'to free'}"
+    )
+    for kind, t, size, where in snapshots:
+        listing.add_row(kind, f"{t:.17g}", size_text(size), where)
+    for kind, found in others.items():
+        for name in found:
+            listing.add_row(kind, "", "", name)
+    forecasts = Table("target", unit, "forecast before", "after", title="error of the rebuilt average")
+    for text, t, before, after in costs:
+        forecasts.add_row(text, f"{t:.17g}", _error(before), _error(after))
+    _print(listing, *([forecasts] if costs else []))
+    if not removed and plan.freed:
+        print("Nothing was removed: give --yes to do so.")
+
+
+def _going(plan: Pruning) -> dict[str, Sequence[Snapshot]]:
+    return {"not needed": plan.dropped, "abandoned": plan.waste.abandoned}
+
+
+def _show_left_out(plan: Plan) -> None:
+    lost = Table("snapshot", "why", title="warning: damaged snapshots were left out")
+    for one in plan.left_out:
+        lost.add_row(escape(one.name), escape(one.reason))
+    cost = Table("target", "forecast error", "with them", title="what that costs")
+    for planned in plan.targets:
+        cost.add_row(planned.target.text, _error(planned.fit.forecast), _error(planned.forecast_before))
+    console = Console(stderr=True) if Console(stderr=True).is_terminal else Console(stderr=True, width=160)
+    for table in (lost, cost):
+        console.print(table)
+
+
+def show_report(report: Report, *, as_json: bool) -> None:
+    """What of a run folder is not as it was written."""
+    damaged = {one.name: one.reason for one in report.damaged}
+    if as_json:
+        facts = {"root": report.root, "intact": report.intact, "snapshots": report.snapshots, "files": report.files}
+        lists = {"extra": list(report.extra), "left_over": list(report.left_over)}
+        _print_json(facts | {"bytes": report.size, "damaged": damaged} | lists)
+        return
+    read = f"{report.files} files of {report.snapshots} snapshots and their records, {size_text(report.size)}"
+    wrong = [(name, "damaged", reason) for name, reason in damaged.items()]
+    wrong += [(name, "extra", "no record names it") for name in report.extra]
+    if wrong:
+        table = Table("file", "", "why", title=f"{report.root}: {len(wrong)} not as written; read: {read}")
+        for row in wrong:
+            table.add_row(*map(escape, row))
+        _print(table)
+    else:
+        print(f"{report.root}: everything is as it was written: {read}")
+    if report.left_over:
+        print(f"{len(report.left_over)} files of writers that never finished, which do no harm: {report.left_over[0]}")
 
 
 def _rebuilt(plan: Plan) -> Iterator[tuple[str, PlannedTarget]]:

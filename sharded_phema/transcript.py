@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -57,18 +58,32 @@ def _plain(value: Any) -> Any:
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """``value`` as the annotated type, lists becoming tuples and objects becoming records."""
     if dataclasses.is_dataclass(hint):
-        hints = get_type_hints(hint)
+        kind: Any = hint
+        hints = _hints(kind)
         if not isinstance(value, dict) or set(value) != set(hints):
             raise ValueError(f"{where} needs exactly {sorted(hints)}, found {_shown(value)}")
-        make: Any = hint
-        return make(**{key: _typed(hints[key], value[key], f"{where}.{key}") for key in hints})
-    if get_origin(hint) is tuple:
+        return kind(**{key: _typed(hints[key], value[key], f"{where}.{key}") for key in hints})
+    if (item_hint := _item(hint)) is not None:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, found {_shown(value)}")
-        if get_args(hint)[0] is int and all(type(item) is int and item >= 0 for item in value):
+        # Edges of cuts and digests of blocks come by the million.
+        kinds = {*map(type, value)}
+        if kinds == {item_hint} and (item_hint is str or (item_hint is int and min(value) >= 0)):
             return tuple(value)
-        return tuple(_typed(get_args(hint)[0], item, where) for item in value)
+        return tuple(_typed(item_hint, item, where) for item in value)
     return _scalar(hint, value, where)
+
+
+@functools.cache
+def _item(hint: Any) -> Any:
+    """What a tuple holds; None for what is no tuple."""
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    # Parts of snapshots come by the thousand, and annotations are slow to look up.
+    return get_type_hints(kind)
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:

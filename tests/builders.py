@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -17,9 +19,24 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
+from sharded_phema.folder import open_folder
 from sharded_phema.layout import Box, ParamShard, ShardLayout, boxes_of_flat_range, whole
-from sharded_phema.manifest import Parameter, PartRecord, RunRecord, SessionRecord
-from sharded_phema.store import create_run, start_session, write_snapshot
+from sharded_phema.manifest import LayoutRecord, Parameter, RunRecord, SessionRecord, SnapshotRecord
+from sharded_phema.store import (
+    commit_snapshot,
+    create_run,
+    here,
+    layout_id,
+    layout_record,
+    snapshot_folder,
+    squared_norms,
+    start_session,
+    write_part,
+)
+
+T = TypeVar("T")
+Root: TypeAlias = str | Path
+"""Path or URL of a run folder."""
 
 LABELS = ("power:gamma=6", "power:gamma=16")
 
@@ -41,6 +58,11 @@ def no_flush() -> Iterator[None]:
 def listing(root: Path) -> dict[str, bytes | None]:
     """Every file below a folder with its bytes, and every folder: equal where nothing was written."""
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+
+
+def unclaimed(files: Mapping[str, T]) -> dict[str, T]:
+    """A listing without the claims by which processes take turns: opening a run changes those and nothing else."""
+    return {name: data for name, data in files.items() if "claims" not in Path(name).parts}
 
 
 @st.composite
@@ -134,39 +156,65 @@ def numbers(shapes: Sequence[tuple[int, ...]], seed: int) -> list[np.ndarray]:
 
 
 def new_run(
-    root: Path, division: Division, run: str = "run", labels: Sequence[str] = LABELS, *, dtype: str = "float32"
+    root: Root, division: Division, run: str = "run", labels: Sequence[str] = LABELS, *, dtype: str = "float32"
 ) -> RunRecord:
     """Make the folder of a run that tracks some averages."""
     record = RunRecord(run, "steps", tuple(labels), division.parameters, dtype=dtype)
-    create_run(root, record)
+    create_run(open_folder(root), record)
     return record
 
 
-def new_session(root: Path, division: Division, name: str = "s0", parent: str = "", resumed_at: float = 0.0) -> None:
-    """Have every rank of a session record its layout."""
-    session = SessionRecord("run", name, parent, resumed_at, division.ranks)
+def new_session(root: Root, division: Division, name: str = "s0", parent: str = "", resumed_at: float = 0.0) -> None:
+    """Record a session and what each of its ranks writes, as rank 0 does."""
+    layout = layout_of(division)
+    session = SessionRecord("run", name, parent, resumed_at, division.ranks, layout_id(layout))
+    start_session(open_folder(root), session, layout)
+
+
+def layout_of(division: Division, run: str = "run") -> LayoutRecord:
+    """What each rank writes, as rank 0 gathers it."""
     values = [np.zeros(shape, np.float32) for shape in division.shapes]
-    for rank in range(division.ranks):
-        start_session(root, session, rank, division.layout(rank, values))
+    ranks = [here([division.layout(rank, values)]) for rank in range(division.ranks)]
+    return layout_record(RunRecord(run, "steps", LABELS, division.parameters), ranks)
 
 
 def store(
-    root: Path,
+    root: Root,
     division: Division,
     averages: Mapping[str, Sequence[np.ndarray]],
     *,
     t: float,
     number: int = 0,
     session: str = "s0",
-    ranks: Sequence[int] | None = None,
+    ranks: Iterable[int] | None = None,
     dtype: str = "float32",
-) -> Path:
-    """Have ranks (all unless given) write their parts of one snapshot."""
-    part = PartRecord("run", session, number, 0, t, 1.0, size=0)
+) -> str:
+    """Have ranks write their parts of one snapshot, and rank 0 commit it where these are all ranks.
+
+    Args:
+        root: The run folder.
+        division: What each rank holds.
+        averages: Whole arrays of every average.
+        t: Training time.
+        number: Of the snapshot in its session.
+        session: The session.
+        ranks: Who writes; without them all do, and the snapshot is finished.
+        dtype: What averages are rounded to.
+
+    Returns:
+        Where the snapshot lies, or would.
+    """
+    folder, record = open_folder(root), SnapshotRecord("run", session, number, t, 1.0, ())
+    parts, norms, gaps = [], [], []
     for rank in range(division.ranks) if ranks is None else ranks:
         layouts = {label: division.layout(rank, values) for label, values in averages.items()}
-        folder = write_snapshot(root, replace(part, rank=rank), layouts, dtype=dtype)
-    return folder
+        parts.append(write_part(folder, record, rank, layouts, dtype=dtype))
+        for found, sums in zip(squared_norms(tuple(layouts.values())), (norms, gaps), strict=True):
+            sums.append(found)
+    if ranks is None:
+        added = [tuple(map(math.fsum, zip(*sums, strict=True))) if all(sums) else () for sums in (norms, gaps)]
+        commit_snapshot(folder, replace(record, parts=tuple(parts), norms=added[0], gaps=added[1]))
+    return f"{folder.url}/{snapshot_folder(session, number)}"
 
 
 def averages_of(division: Division, seed: int) -> dict[str, list[np.ndarray]]:
@@ -189,10 +237,10 @@ class Free(nn.Module):
             self.get_parameter(name).copy_(torch.as_tensor(value))
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_of(folder: Root) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files, read with the library."""
     found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     return found

@@ -21,7 +21,7 @@ from typer.main import get_command
 from sharded_phema.cli import app, main
 from sharded_phema.posthoc import PostHocEMA
 
-COMMANDS = ["plan", "info", "reconstruct", "plot"]
+COMMANDS = ["plan", "info", "reconstruct", "verify", "prune", "plot"]
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -69,7 +69,7 @@ def files(folder: Path) -> list[str]:
 def test_help_names_every_command_and_gives_an_example_of_each() -> None:
     top = run("--help")
     assert top.returncode == 0 and all(command in top.stdout for command in COMMANDS)
-    for command in (["plan"], ["info"], ["reconstruct"], ["plot", "profiles"], ["plot", "forecast"]):
+    for command in (["plan"], ["info"], ["reconstruct"], ["verify"], ["plot", "profiles"], ["plot", "forecast"]):
         page = run(*command, "--help")
         assert page.returncode == 0
         assert (
@@ -91,6 +91,7 @@ def test_flags_are_what_they_were() -> None:
         "info": ["--json"],
         "reconstruct": [
             "--dtype",
+            "--format",
             "--json",
             "--max-shard-size",
             "--metric",
@@ -99,6 +100,8 @@ def test_flags_are_what_they_were() -> None:
             "--per-tensor",
             "--tolerance",
         ],
+        "verify": ["--json"],
+        "prune": ["--bytes", "--count", "--json", "--tolerance", "--yes"],
         "plot": {"profiles": ["--out"], "forecast": ["--out"]},
     }
 

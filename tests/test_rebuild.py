@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from sharded_phema import rebuild
 from sharded_phema.errors import ForecastError, OutputError, PhemaError, StoreError, TargetError
 from sharded_phema.export import tensor_files
+from sharded_phema.folder import open_folder
 from sharded_phema.manifest import Parameter, RunRecord
 from sharded_phema.per_tensor import parse_outputs, whole_model
 from sharded_phema.posthoc import PostHocEMA
@@ -68,7 +71,7 @@ def joined(tensors):
 def flat_averages(root, t):
     """Every average stored at a time, read with the safetensors library, by label."""
     (snapshot,) = [snapshot for snapshot in open_run(root).snapshots if snapshot.t == t]
-    tensors = tensors_of(snapshot.folder)
+    tensors = tensors_of(snapshot.where)
     return {label: joined({name: tensors[f"{label}.{name}:0"] for name in MODEL}) for label in snapshot.record.averages}
 
 
@@ -180,7 +183,7 @@ class Recorder:
 def test_the_blocks_of_all_ranks_cover_each_element_once(sizes, ranks, block):
     # Oracle: counting.
     record = RunRecord("run", "steps", (), tuple(Parameter(f"w{i}", (size,)) for i, size in enumerate(sizes)))
-    run = Run(Path(), record, (), 0, 0, "")
+    run = Run(open_folder(""), record, (), (), (), (), "")
     output = PlannedOutput(whole_model(parse_target("0.15")), (0,) * len(sizes))
     plan, recorder = Plan(run, (None,), (output,), (), np.zeros((0, 1))), Recorder(sizes)
     lengths = []
@@ -348,15 +351,42 @@ def test_weights_that_the_dtype_cannot_hold_fail_with_the_parameters_name_and_le
     assert listing(tmp_path) == before
 
 
-def test_a_damaged_tensor_file_fails_and_leaves_nothing(tmp_path):
+def spoil(path):
+    """Change the last byte, which no length tells."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("harm", [spoil, Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 4)])
+def test_a_damaged_snapshot_is_left_out_and_the_others_give_what_they_can(tmp_path, harm):
+    # Oracle: the run without that snapshot.
+    model = Free(w=30)
+    with PostHocEMA(model, tmp_path / "run", snapshot_every=2) as ema:
+        for step in range(8):
+            model.set(w=torch.arange(30.0) * step)
+            ema.update()
+    victim = open_run(tmp_path / "run").snapshots[1]
+    shutil.copytree(tmp_path / "run", tmp_path / "less")
+    shutil.rmtree(tmp_path / "less" / victim.name)
+    harm(Path(victim.where) / "rank-00000.safetensors")
+    plan = reconstruct(tmp_path / "run", [0.15], out=tmp_path / "out", tolerance="exact")
+    expected = reconstruct(tmp_path / "less", [0.15], out=tmp_path / "expected", tolerance="exact")
+    assert [damaged.name for damaged in plan.run.damaged] == [victim.name]
+    assert victim.t not in [source.snapshot.t for source in plan.sources]
+    assert plan.targets[0].fit.forecast == expected.targets[0].fit.forecast
+    for name, tensor in tensors_of(tmp_path / "expected" / "0.15").items():
+        assert same_bits(tensors_of(tmp_path / "out" / "0.15")[name], tensor)
+
+
+def test_a_run_all_of_whose_snapshots_are_damaged_fails_and_leaves_nothing(tmp_path):
     model = Free(w=30)
     with PostHocEMA(model, tmp_path / "run", snapshot_every=2) as ema:
         for _ in range(6):
             ema.update()
-    victim = open_run(tmp_path / "run").snapshots[1].folder / "rank-00000.safetensors"
-    victim.write_bytes(victim.read_bytes()[:-4])
+    for snapshot in open_run(tmp_path / "run").snapshots:
+        spoil(Path(snapshot.where) / "rank-00000.safetensors")
     before = listing(tmp_path)
-    with pytest.raises(StoreError, match=victim.name):
+    with pytest.raises(StoreError, match=r"rank-00000\.safetensors is damaged between bytes"):
         reconstruct(tmp_path / "run", [0.15], out=tmp_path / "out")
     assert listing(tmp_path) == before
 

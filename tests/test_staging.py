@@ -18,10 +18,11 @@ from torch import Tensor
 from sharded_phema import staging
 from sharded_phema.averages import Averages
 from sharded_phema.errors import OrderError
+from sharded_phema.folder import open_folder
 from sharded_phema.layout import ParamShard, ShardLayout, whole
-from sharded_phema.manifest import Parameter, PartRecord, RunRecord, SessionRecord
+from sharded_phema.manifest import SnapshotRecord
 from sharded_phema.staging import HostCopies
-from sharded_phema.store import create_run, open_run, start_session, write_snapshot
+from sharded_phema.store import squared_norms, write_part
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8)
 
@@ -135,14 +136,12 @@ def test_copies_of_parameters_need_no_gradients() -> None:
     assert not copy.local.requires_grad and copy.local.tolist() == [1.0] * 3
 
 
-def stored(root: Path, live: ShardLayout, averages: dict[str, ShardLayout]) -> dict[str, bytes]:
-    """What a rank writes of some averages: every file by its name in the snapshot."""
-    parameters = tuple(Parameter(shard.name, shard.global_shape) for shard in live)
-    create_run(root, RunRecord("run", "steps", LABELS, parameters))
-    start_session(root, SessionRecord("run", "s", "", 0.0, 1), 0, live)
-    folder = write_snapshot(root, PartRecord("run", "s", 0, 0, 10.0, 1.0, size=0), averages)
-    assert open_run(root).snapshots != ()
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def stored(root: Path, averages: dict[str, ShardLayout]) -> tuple[object, dict[str, bytes]]:
+    """What a rank writes of some averages, and says of them: every file by its name."""
+    part = write_part(open_folder(root), SnapshotRecord("run", "s", 0, 10.0, 1.0, ()), 0, averages)
+    assert part.size > 0
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return (part, squared_norms(tuple(averages.values()))), files
 
 
 def test_a_snapshot_of_the_copies_is_that_of_the_averages_though_they_move_on(tmp_path: Path) -> None:
@@ -154,7 +153,7 @@ def test_a_snapshot_of_the_copies_is_that_of_the_averages_though_they_move_on(tm
         return dict(zip(LABELS, layouts, strict=True))
 
     moving = tuple(averages.layout(index) for index in range(len(LABELS)))
-    direct = stored(tmp_path / "direct", live, by_label(moving))
+    direct = stored(tmp_path / "direct", by_label(moving))
     staged = HostCopies(moving).take()
     averages.update_([1.0, 1.0])
-    assert stored(tmp_path / "staged", live, by_label(staged)) == direct
+    assert stored(tmp_path / "staged", by_label(staged)) == direct

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from builders import (
     boxes_in,
     divided_models,
     examples,
+    layout_of,
     listing,
     new_run,
     new_session,
@@ -30,16 +32,21 @@ from builders import (
     store,
     tensors_of,
 )
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.numpy import save
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sharded_phema import blocks
+from sharded_phema.blocks import Digester
 from sharded_phema.errors import StoreError
+from sharded_phema.folder import open_folder
 from sharded_phema.layout import Box, boxes_of_flat_range, whole
-from sharded_phema.manifest import LayoutRecord, PartRecord, SessionRecord, encode
-from sharded_phema.store import BoxTensor, names, open_run, run_exists
+from sharded_phema.manifest import Cut, LayoutRecord, Part, SessionRecord, SnapshotRecord
+from sharded_phema.store import BoxTensor, commit_snapshot, layout_id, names, open_run, run_exists
 from sharded_phema.store.dcp_reader import SnapshotReader
+from sharded_phema.transcript import decode, encode
 
 # Torch says so of every save and load outside a process group.
 pytestmark = pytest.mark.filterwarnings("ignore:.*single process")
@@ -117,7 +124,13 @@ def test_every_rank_file_is_a_safetensors_file_of_its_boxes(division):
                 for parameter, array, held in zip(division.parameters, arrays, division.held, strict=True)
                 for number, box in enumerate(held[rank][0] if held[rank][1] == 0 else ())
             }
-            with safe_open(names.tensors_path(snapshot.folder, rank), "np") as file:
+            path = Path(folder) / names.tensors_file(snapshot.name, rank)
+            if not expected:
+                assert snapshot.facts.parts[rank] == Part()
+                assert not path.exists()
+                continue
+            assert snapshot.facts.parts[rank].size == path.stat().st_size
+            with safe_open(path, "np") as file:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
                 assert file.metadata() == {"run": "run", "session": "s0", "snapshot": "0", "rank": str(rank)}
             assert found.keys() == expected.keys()
@@ -127,27 +140,28 @@ def test_every_rank_file_is_a_safetensors_file_of_its_boxes(division):
 
 @examples(20)
 @given(divided_models(), st.data())
-def test_a_snapshot_that_lacks_a_part_is_not_listed(division, data):
+def test_a_snapshot_that_nobody_committed_is_not_listed(division, data):
+    # Whichever ranks wrote their parts, and if it was all of them.
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         stored_run(root, division)
-        written = sorted(data.draw(st.sets(st.integers(0, division.ranks - 1), max_size=division.ranks - 1)))
-        assume(written)
-        torn = store(root, division, averages_of(division, 5), t=20.0, number=1, ranks=written)
+        written = data.draw(st.sets(st.integers(0, division.ranks - 1)))
+        store(root, division, averages_of(division, 5), t=20.0, number=1, ranks=sorted(written))
+        torn = names.snapshot_folder("s0", 1)
+        left = (torn,) if (root / torn).exists() else ()
         run = open_run(root)
-        assert ([s.t for s in run.snapshots], run.unfinished) == ([10.0], 1)
-        store(root, division, averages_of(division, 5), t=20.0, number=1, ranks=set(range(division.ranks)) - {*written})
+        assert ([s.t for s in run.snapshots], run.unfinished, run.damaged) == ([10.0], left, ())
+        store(root, division, averages_of(division, 5), t=30.0, number=2)
         run = open_run(root)
-        assert ([s.t for s in run.snapshots], run.unfinished) == ([10.0, 20.0], 0)
-        assert run.snapshots[1].folder == torn
+        assert ([s.t for s in run.snapshots], run.unfinished, run.damaged) == ([10.0, 30.0], left, ())
 
 
 def test_tensors_whose_record_was_never_written_are_not_listed(root):
     stored_run(root, TWO_RANKS, snapshots=2)
-    for path in (root / "snapshots").glob("*-000001/rank-*.json"):
-        path.unlink()
+    torn = names.snapshot_folder("s0", 1)
+    (root / names.snapshot_file(torn)).unlink()
     run = open_run(root)
-    assert ([s.t for s in run.snapshots], run.unfinished) == ([10.0], 1)
+    assert ([s.t for s in run.snapshots], run.unfinished) == ([10.0], (torn,))
 
 
 def test_an_existing_file_is_never_overwritten(root):
@@ -155,19 +169,33 @@ def test_an_existing_file_is_never_overwritten(root):
     before = listing(root)
     for again in (
         lambda: new_run(root, TWO_RANKS, run="other"),
-        lambda: new_session(root, EVEN_RANKS),
+        lambda: new_session(root, TWO_RANKS, resumed_at=3.0),
         lambda: store(root, TWO_RANKS, averages_of(TWO_RANKS, 99), t=30.0),
+        lambda: store(root, TWO_RANKS, averages_of(TWO_RANKS, 99), t=30.0, ranks=[1]),
+        lambda: commit_snapshot(open_folder(root), SnapshotRecord("run", "s0", 0, 30.0, 1.0, (Part(), Part()))),
     ):
-        with pytest.raises(StoreError, match="never overwritten") as caught:
+        with pytest.raises(StoreError, match="ever replaced") as caught:
             again()
         assert caught.value.hint
         assert listing(root) == before
+    with pytest.raises(StoreError, match="ever replaced"):
+        new_session(root, EVEN_RANKS)
+    assert before.items() <= listing(root).items(), "its layout alone is new"
     assert_same_values(read_whole(open_run(root).snapshots[0]), values)
+
+
+def test_a_layout_is_stored_once_for_all_sessions_that_are_cut_alike(root):
+    stored_run(root, TWO_RANKS)
+    before = listing(root / names.LAYOUTS)
+    new_session(root, TWO_RANKS, "s1", "s0", 10.0)
+    assert listing(root / names.LAYOUTS) == before
+    new_session(root, EVEN_RANKS, "s2", "s1", 10.0)
+    assert len(listing(root / names.LAYOUTS)) == len(before) + 1
 
 
 def test_a_folder_that_cannot_be_made_raises_and_leaves_no_temporary_file(root):
     stored_run(root, TWO_RANKS)
-    blocked = names.snapshot_folder(root, "s0", 1)
+    blocked = root / names.snapshot_folder("s0", 1)
     blocked.write_text("a file where the folder should be")
     before = listing(root)
     with pytest.raises(StoreError, match="cannot be written"):
@@ -186,22 +214,53 @@ def test_a_full_disk_raises_and_leaves_earlier_snapshots_and_no_temporary_file(r
             store(root, TWO_RANKS, averages_of(TWO_RANKS, 1), t=20.0, number=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "free space" in caught.value.hint
+    assert "limit" in caught.value.hint
+    assert "earlier snapshots are intact" in caught.value.hint
     files = {name: data for name, data in listing(root).items() if data is not None}
     assert files == {name: data for name, data in before.items() if data is not None}
 
 
-def damaged(root, victim):
-    """The message with which reading everything of the first snapshot fails, which must name the victim."""
-    with pytest.raises(StoreError) as caught:
-        read_whole(open_run(root).snapshots[0])
-    assert str(victim) in caught.value.message
-    assert caught.value.hint
-    return caught.value.message
+# What is damaged, swapped, stale or another's.
 
 
 def victim_of(root, rank=1, number=0):
-    return names.tensors_path(names.snapshot_folder(root, "s0", number), rank)
+    return root / names.tensors_file(names.snapshot_folder("s0", number), rank)
+
+
+def complaint(root, victim, number=0):
+    """What is said of a snapshot that cannot be used, when its run is opened or it is read; it names the victim."""
+    run, name = open_run(root), names.snapshot_folder("s0", number)
+    found = {damaged.name: damaged.reason for damaged in run.damaged}
+    if name in found:
+        assert name not in [snapshot.name for snapshot in run.snapshots + run.abandoned]
+        message = found[name]
+    else:
+        (snapshot,) = [snapshot for snapshot in run.snapshots if snapshot.name == name]
+        with pytest.raises(StoreError) as caught:
+            read_whole(snapshot)
+        assert caught.value.hint
+        with pytest.raises(StoreError):
+            snapshot.check()
+        message = caught.value.message
+    assert str(root) in message
+    assert str(victim.relative_to(root)) in message
+    return message
+
+
+def edit(kind, path, **changes):
+    """Edit a record by hand, and seal it again."""
+    path.write_bytes(encode(replace(decode(kind, path.read_bytes(), path), **changes)))
+
+
+def forge(path, data):
+    """Replace a rank's tensor file by other bytes, and have the snapshot's record say that these were written."""
+    path.write_bytes(data)
+    digester = Digester()
+    assert b"".join(digester.through([data])) == data
+    rank, commit = int(path.stem.removeprefix("rank-")), path.with_name("snapshot.json")
+    parts = list(decode(SnapshotRecord, commit.read_bytes(), commit).parts)
+    parts[rank] = Part(len(data), digester.digests)
+    edit(SnapshotRecord, commit, parts=tuple(parts))
 
 
 def test_a_tensor_file_swapped_with_another_ranks_is_named(root):
@@ -209,62 +268,85 @@ def test_a_tensor_file_swapped_with_another_ranks_is_named(root):
     stored_run(root, EVEN_RANKS)
     first, second = victim_of(root, 0), victim_of(root, 1)
     assert first.stat().st_size == second.stat().st_size
-    kept = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    assert "'rank': '1'" in damaged(root, first)
-    first.write_bytes(kept)
-    second.write_bytes(kept)
-    # The first file's header was kept from the failed read; a file is only asked for its header once.
-    assert "'rank': '0'" in damaged(shutil.copytree(root, root.parent / "fresh"), "rank-00001.safetensors")
+    for path, other in ((first, second), (second, first)):
+        kept, foreign = path.read_bytes(), other.read_bytes()
+        path.write_bytes(foreign)
+        assert "expected digest" in complaint(root, path)
+        path.write_bytes(kept)
+    forge(second, first.read_bytes())
+    assert "'rank': '0'" in complaint(root, second)
 
 
 def test_a_tensor_file_of_another_snapshot_is_named(root):
     stored_run(root, TWO_RANKS, snapshots=2)
     shutil.copyfile(victim_of(root, number=1), victim_of(root))
-    assert "'snapshot': '1'" in damaged(root, victim_of(root))
+    assert "expected digest" in complaint(root, victim_of(root))
+    forge(victim_of(root), victim_of(root, number=1).read_bytes())
+    assert "'snapshot': '1'" in complaint(root, victim_of(root))
 
 
 def test_a_tensor_file_of_another_run_is_named(root):
     stored_run(root, TWO_RANKS)
     path = victim_of(root)
-    path.write_bytes(path.read_bytes().replace(b'"run":"run"', b'"run":"nur"'))
-    damaged(root, path)
+    forge(path, path.read_bytes().replace(b'"run":"run"', b'"run":"nur"'))
+    assert "'run': 'nur'" in complaint(root, path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 20, -4, -1])
 def test_a_truncated_tensor_file_is_named(root, keep):
-    stored_run(root, TWO_RANKS)
+    stored_run(root, TWO_RANKS, snapshots=2)
     path = victim_of(root)
+    size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:keep])
-    assert "bytes" in damaged(root, path)
+    assert f"expected {size} bytes, found {keep % size} bytes" in complaint(root, path)
+    assert [s.t for s in open_run(root).snapshots] == [20.0], "the other snapshot is used"
+    # The same where the record was edited to fit.
+    forge(path, path.read_bytes())
+    complaint(root, path if keep else victim_of(root))
 
 
 def test_a_tensor_file_with_bytes_appended_is_named(root):
     stored_run(root, TWO_RANKS)
     path = victim_of(root)
     path.write_bytes(path.read_bytes() + b"\0\0\0\0")
-    damaged(root, path)
+    complaint(root, path)
 
 
 def test_a_missing_tensor_file_is_named(root):
     stored_run(root, TWO_RANKS)
     victim_of(root).unlink()
-    damaged(root, victim_of(root))
+    assert "found nothing" in complaint(root, victim_of(root))
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-8])])
 def test_a_tensor_file_harmed_between_two_reads_is_named(root, harm):
-    stored_run(root, TWO_RANKS)
+    values = stored_run(root, TWO_RANKS)[0]
     (snapshot,) = open_run(root).snapshots
     read_whole(snapshot)
     harm(victim_of(root))
+    assert_same_values(read_whole(snapshot), values)  # blocks that were checked are in memory yet
+    blocks._kept.clear()
     with pytest.raises(StoreError, match=r"rank-00001\.safetensors"):
         read_whole(snapshot)
 
 
-@examples(80)
+@examples(60)
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_a_flipped_bit_of_a_tensor_file_is_named_wherever_it_is(place, bit):
+    # Oracle: a file of one block is read whole whatever is wanted of it.
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copytree(_template(), root, dirs_exist_ok=True)
+        path = victim_of(root)
+        data = bytearray(path.read_bytes())
+        data[place % len(data)] ^= 1 << bit
+        path.write_bytes(data)
+        assert f"is damaged between bytes 0 and {len(data)}" in complaint(root, path)
+
+
+@examples(60)
 @given(st.integers(0, 10**6), st.integers(0, 255))
-def test_a_damaged_header_is_read_or_named(place, byte):
+def test_a_header_that_was_edited_with_its_digests_is_read_or_named(place, byte):
     # Oracle: reading gives arrays, or a StoreError; any other exception fails the test.
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -272,11 +354,13 @@ def test_a_damaged_header_is_read_or_named(place, byte):
         path = victim_of(root)
         data = bytearray(path.read_bytes())
         data[place % (8 + int.from_bytes(data[:8], "little"))] = byte
-        path.write_bytes(data)
-        try:
-            read_whole(open_run(root).snapshots[0])
-        except StoreError as error:
-            assert str(path) in error.message
+        forge(path, bytes(data))
+        (snapshot,) = open_run(root).snapshots
+        for act in (snapshot.check, lambda: read_whole(snapshot)):
+            try:
+                act()
+            except StoreError as error:
+                assert str(path) in error.message
 
 
 def _template(made=[]):  # noqa: B006 (made once)
@@ -295,57 +379,124 @@ def test_a_header_whose_offsets_are_no_range_is_named(root, offsets):
     header = json.loads(data[8 : 8 + length])
     header[f"{LABELS[0]}.layer.0.weight:0"]["data_offsets"] = offsets
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    part = names.part_path(path.parent, 1)
-    record = json.loads(part.read_text())
-    part.write_text(json.dumps(record | {"size": path.stat().st_size}))
-    damaged(root, path)
+    forge(path, len(text).to_bytes(8, "little") + text + data[8 + length :])
+    complaint(root, path)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        (names.session_path, ("s0",), SessionRecord("other", "s0", "", 0.0, 2)),
-        (names.layout_path, ("s0", 1), LayoutRecord("other", "s0", 1, ((),))),
-        (None, (1,), PartRecord("other", "s0", 0, 1, 10.0, 1.0, 8)),
-    ],
-    ids=["session", "layout", "part"],
-)
-def test_a_record_of_another_run_is_refused(root, record):
+def layout_file(root):
+    (path,) = (root / names.LAYOUTS).iterdir()
+    return path
+
+
+def test_a_session_of_another_run_is_refused(root):
     stored_run(root, TWO_RANKS)
-    where, arguments, foreign = record
-    path = where(root, *arguments) if where else names.part_path(names.snapshot_folder(root, "s0", 0), *arguments)
-    path.write_text(encode(foreign))
+    edit(SessionRecord, root / names.session_file("s0"), run="other")
     with pytest.raises(StoreError, match=r"of run other, the folder is of run run") as caught:
         open_run(root)
     assert str(root) in caught.value.message
 
 
+def test_a_layout_or_a_snapshot_of_another_run_is_set_aside(root):
+    stored_run(root, TWO_RANKS)
+    commit = root / names.snapshot_file(names.snapshot_folder("s0", 0))
+    kept = commit.read_bytes()
+    edit(SnapshotRecord, commit, run="other")
+    assert "of run other, the folder is of run run" in complaint(root, commit.parent)
+    commit.write_bytes(kept)
+    path = layout_file(root)
+    relaid(root, run="other")
+    assert "of run other, the folder is of run run" in complaint(root, only_layout(root, path))
+
+
+@pytest.mark.parametrize("changed", [{"snapshot": 1}, {"session": "s1"}, {"parts": ()}, {"parts": (Part(),) * 3}])
+def test_the_record_of_another_snapshot_is_set_aside(root, changed):
+    stored_run(root, TWO_RANKS, snapshots=2)
+    commit = root / names.snapshot_file(names.snapshot_folder("s0", 0))
+    edit(SnapshotRecord, commit, **changed)
+    assert "does not belong there" in complaint(root, commit.parent)
+    assert [s.t for s in open_run(root).snapshots] == [20.0]
+
+
+@pytest.mark.parametrize("record", ["run", "session", "layout", "snapshot"])
+def test_a_record_that_was_edited_and_not_sealed_again_is_named(root, record):
+    stored_run(root, TWO_RANKS)
+    path = {
+        "run": root / names.RUN,
+        "session": root / names.session_file("s0"),
+        "layout": layout_file(root),
+        "snapshot": root / names.snapshot_file(names.snapshot_folder("s0", 0)),
+    }[record]
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b"4", b"5", 1))
+    assert path.read_bytes() != text
+    if record in ("layout", "snapshot"):
+        assert "the record is damaged" in complaint(root, path)
+        return
+    with pytest.raises(StoreError, match="the record is damaged") as caught:
+        open_run(root)
+    assert str(path) in caught.value.message
+
+
+def only_layout(root, before):
+    """The layout that was made since."""
+    return next(path for path in (root / names.LAYOUTS).iterdir() if path != before)
+
+
+def relaid(root, **changes):
+    """Give the session another layout, in which something was changed."""
+    old = layout_file(root)
+    layout = replace(decode(LayoutRecord, old.read_bytes(), old), **changes)
+    (root / names.layout_file(layout_id(layout))).write_bytes(encode(layout))
+    edit(SessionRecord, root / names.session_file("s0"), layout=layout_id(layout))
+
+
+def test_a_layout_swapped_with_another_is_named(root):
+    # Two halves that change places: no length of any file tells.
+    values = stored_run(root, EVEN_RANKS)[0]
+    path = layout_file(root)
+    kept, layout = path.read_bytes(), decode(LayoutRecord, path.read_bytes(), path)
+    halves = (Box((2, 0), (2, 3)),), (Box((0, 0), (2, 3)),)
+    path.write_bytes(encode(replace(layout, averaged=(Cut(0, (), (0, 1), halves),))))
+    assert "expected the layout" in complaint(root, path)
+    path.write_bytes(kept)
+    assert_same_values(read_whole(open_run(root).snapshots[0]), values)
+    path.unlink()
+    assert "found none" in complaint(root, path)
+
+
 @pytest.mark.parametrize(
-    "changed", [{"t": 11.0}, {"snapshot": 1}, {"rank": 0}, {"rank": 2}, {"start": 0.5}, {"session": "s1"}]
+    ("changes", "text"),
+    [
+        ({"world_size": 3}, "layout of 2 ranks, found 3"),
+        ({"averaged": ()}, r"with \[0, 0, 0\] tensors"),
+        ({"averaged": (Cut(0, (0, 1, 3)),)}, "what cannot be of 2 ranks"),
+        ({"averaged": (Cut(0, (), (0,), ((Box((0, 0), (1, 3)),),)),)}, "what cannot be of 2 ranks"),
+        ({"averaged": (Cut(0, (0, 2, 4)),)}, r"not the tensors that its record names: expected 6 elements"),
+    ],
 )
-def test_parts_that_contradict_each_other_are_refused(root, changed):
+def test_a_layout_that_contradicts_what_is_stored_is_refused(root, changes, text):
     stored_run(root, TWO_RANKS)
-    path = names.part_path(names.snapshot_folder(root, "s0", 0), 1)
-    path.write_text(encode(replace(PartRecord("run", "s0", 0, 1, 10.0, 1.0, 8), **changed)))
-    with pytest.raises(StoreError, match="s0-000000"):
-        open_run(root)
+    relaid(root, **changes)
+    run = open_run(root)
+    if run.damaged:
+        assert re.search(text, run.damaged[0].reason)
+        return
+    with pytest.raises(StoreError, match=text) as caught:
+        read_whole(run.snapshots[0])
+    assert caught.value.hint
 
 
-@pytest.mark.parametrize("changed", [{"session": "s1"}, {"rank": 0}, {"boxes": ()}])
-def test_a_layout_swapped_with_another_is_refused(root, changed):
+def test_tensors_that_no_record_names_are_found_by_a_check(root):
     stored_run(root, TWO_RANKS)
-    path = names.layout_path(root, "s0", 1)
-    path.write_text(encode(replace(LayoutRecord("run", "s0", 1, ((),)), **changed)))
-    with pytest.raises(StoreError, match=r"layout-00001\.json"):
-        open_run(root)
-
-
-def test_boxes_that_do_not_cover_what_is_read_are_counted(root):
-    stored_run(root, TWO_RANKS)
-    names.layout_path(root, "s0", 1).write_text(encode(LayoutRecord("run", "s0", 1, ((),))))
-    with pytest.raises(StoreError, match=r"3 of 12 elements of layer\.0\.weight"):
-        read_whole(open_run(root).snapshots[0])
+    (snapshot,) = open_run(root).snapshots
+    snapshot.check()
+    path = victim_of(root)
+    with safe_open(path, "np") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    forge(path, save(tensors | {"more": np.zeros(1, np.float32)}, metadata))
+    (snapshot,) = open_run(root).snapshots
+    with pytest.raises(StoreError, match="holds tensors that no record names"):
+        snapshot.check()
 
 
 def test_a_missing_run_folder_is_refused(tmp_path):
@@ -361,7 +512,8 @@ def test_a_run_without_sessions_is_empty(root):
     record = new_run(root, TWO_RANKS)
     run = open_run(str(root))
     assert run_exists(str(root))
-    assert (run.record, run.snapshots, run.abandoned, run.unfinished, run.head) == (record, (), 0, 0, "")
+    assert (run.record, run.snapshots, run.abandoned, run.unfinished, run.head) == (record, (), (), (), "")
+    assert run.damaged == ()
     assert run.numel == 12
 
 
@@ -398,7 +550,8 @@ def test_the_living_timeline_of_three_sessions_is_what_replaying_them_gives(sess
             total, parent = total + len(times), name
         run = open_run(root)
         assert [s.t for s in run.snapshots] == [t for t, _ in timeline]
-        assert (run.abandoned, run.unfinished, run.head) == (total - len(timeline), 0, parent)
+        assert (len(run.abandoned), run.unfinished, run.head) == (total - len(timeline), (), parent)
+        assert {s.name for s in run.abandoned}.isdisjoint(s.name for s in run.snapshots)
         for snapshot, (_, averages) in zip(run.snapshots, timeline, strict=True):
             assert_same_values(read_whole(snapshot), averages)
 
@@ -410,7 +563,7 @@ def test_sessions_of_different_world_sizes_are_read_alike(root):
     values.append(averages_of(division, 7))
     store(root, division, values[1], t=20.0, session="s1")
     run = open_run(root)
-    assert [len(s.parts) for s in run.snapshots] == [2, 4]
+    assert [len(s.facts.parts) for s in run.snapshots] == [2, 4]
     for snapshot, expected in zip(run.snapshots, values, strict=True):
         assert_same_values(read_whole(snapshot), expected)
 
@@ -429,7 +582,8 @@ def test_two_newest_sessions_are_refused(root, parents):
 def test_sessions_that_continue_each_other_in_a_circle_are_refused(root, parents):
     stored_run(root, TWO_RANKS)
     for name, parent in parents.items():
-        names.session_path(root, name).write_text(encode(SessionRecord("run", name, parent, 5.0, 2)))
+        record = SessionRecord("run", name, parent, 5.0, 2, layout_id(layout_of(TWO_RANKS)))
+        (root / names.session_file(name)).write_bytes(encode(record))
     with pytest.raises(StoreError):
         open_run(root)
 
@@ -517,5 +671,5 @@ def test_a_box_tensor_has_a_shape_and_no_arithmetic():
 def test_a_snapshot_counts_the_bytes_of_its_tensor_files(root):
     stored_run(root, TWO_RANKS)
     (snapshot,) = open_run(root).snapshots
-    assert snapshot.size == sum(path.stat().st_size for path in snapshot.folder.glob("*.safetensors"))
-    assert len(tensors_of(snapshot.folder)) == len(LABELS)  # both ranks use the same keys
+    assert snapshot.size == sum(path.stat().st_size for path in Path(snapshot.where).glob("*.safetensors"))
+    assert len(tensors_of(snapshot.where)) == len(LABELS)  # both ranks use the same keys

@@ -72,7 +72,9 @@ def realised(folder, texts, times, start=0, resume_after=None):
             assert ema.resume() == t
     ema.close()
     (snapshot,) = open_run(folder).snapshots[-1:]
-    found = [snapshot.read_box(a, 0, snapshot.layouts[0].boxes[0][0]) for a in range(len(snapshot.record.averages))]
+    found = [
+        snapshot.read_box(a, 0, snapshot.layout.averaged(0)[0][1][0]) for a in range(len(snapshot.record.averages))
+    ]
     profiles = [source.profile for source in sources_of(open_run(folder))[-len(found) :]]
     return np.array(found, dtype=np.float64), profiles
 
@@ -312,7 +314,7 @@ def test_mixed_kinds_are_sources_of_each_other(tmp_path):
     plan = reconstruct(tmp_path / "stored", wanted, out=tmp_path / "out", tolerance="exact")
     truth = open_run(tmp_path / "wanted").snapshots[-1]
     for index, planned in enumerate(plan.targets):
-        target = truth.read_box(index, 0, truth.layouts[0].boxes[0][0])
+        target = truth.read_box(index, 0, truth.layout.averaged(0)[0][1][0])
         found = tensors_of(tmp_path / "out" / planned.target.slug)["w"].numpy()
         error = np.linalg.norm(found - target) / np.linalg.norm(path[-1] - target)
         assert planned.fit.forecast < 0.05

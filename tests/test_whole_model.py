@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -25,6 +25,7 @@ from builders import (
     shapes,
     tensors_of,
 )
+from crowd import Crowd
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
@@ -37,18 +38,23 @@ from torch.distributed.tensor import DTensor
 from sharded_phema import frozen as frozen_module
 from sharded_phema import rebuild
 from sharded_phema import session as session_module
+from sharded_phema.background import Foreground
 from sharded_phema.errors import ModelMismatch, OutputError, StoreError, UnsupportedModel
 from sharded_phema.export import tensor_files
+from sharded_phema.folder import open_folder
 from sharded_phema.identity import run_record
 from sharded_phema.layout import Box, ParamShard, ShardLayout, whole
-from sharded_phema.manifest import SessionRecord, decode, encode
+from sharded_phema.manifest import SessionRecord
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.rebuild import reconstruct
 from sharded_phema.session import Session
+from sharded_phema.staging import alive
 from sharded_phema.state import Clock
 from sharded_phema.store import frozen as store_frozen
-from sharded_phema.store import names, open_run
+from sharded_phema.store import names, open_run, write_part
+from sharded_phema.store.records import write_record
 from sharded_phema.tensorfile import CODES, torch_dtype
+from sharded_phema.transcript import decode, encode
 
 # Torch says so of every save and load outside a process group.
 pytestmark = pytest.mark.filterwarnings("ignore:.*single process")
@@ -117,35 +123,35 @@ def fake(division, copied: list[tuple[Cut, Tensor]], frozen: list[tuple[Cut, Ten
     )
 
 
-@contextmanager
-def as_rank(rank: int, ranks: int):
-    with mock.patch.object(session_module, "rank_and_size", lambda: (rank, ranks)):
-        yield
+@dataclass(frozen=True)
+class Sessions:
+    """The same session on every fake rank."""
+
+    crowd: Crowd
+    each: list[Session]
+
+    def continue_at(self, t: float) -> None:
+        for session in self.each:
+            session.continue_at(t)
 
 
-def open_session(root: Path, model: Fake) -> list[Session]:
-    """The same session on every fake rank: what the first finds is what all know, and all are asked for marks."""
-    first: list = []
-    marks = [frozen_module._marks(layout) for layout in model.frozen]
+def open_session(root: Path, model: Fake) -> Sessions:
+    """Open a run on every fake rank."""
+    crowd = Crowd(model.ranks)
     record = run_record("run", "steps", LABELS, model.averaged[0], model.copied[0], model.frozen[0], dtype="float32")
 
-    def from_first(attempt):
-        first.append(first[0] if first else attempt())
-        return first[0]
+    def opened(rank: int) -> Session:
+        live = (model.averaged[rank], model.copied[rank], model.frozen[rank])
+        return Session(
+            open_folder(root), record, live, jobs=Foreground(), stage=alive, timeout_s=60.0, retain=lambda run: None
+        )
 
-    with (
-        mock.patch.object(session_module, "from_first", from_first),
-        mock.patch.object(frozen_module, "gather", lambda own: marks),
-    ):
-        return [
-            Session(root, record, *layouts) for layouts in zip(model.averaged, model.copied, model.frozen, strict=True)
-        ]
+    return Sessions(crowd, crowd.each(opened))
 
 
-def take_snapshot(sessions: list[Session], model: Fake, t: float, ranks: range | None = None) -> None:
-    for rank in ranks or range(model.ranks):
-        with as_rank(rank, model.ranks):
-            sessions[rank].snapshot(Clock(t, t, 1.0), dict.fromkeys(LABELS, model.averaged[rank]))
+def take_snapshot(sessions: Sessions, model: Fake, t: float) -> None:
+    averages = [dict.fromkeys(LABELS, layout) for layout in model.averaged]
+    sessions.crowd.each(lambda rank: sessions.each[rank].snapshot(Clock(t, t, 1.0), averages[rank]))
 
 
 def raw_of(snapshot) -> list[Tensor]:
@@ -188,11 +194,12 @@ def test_raw_tensors_of_any_dtype_and_cut_come_back_bit_for_bit(division, data):
             start, stop = sorted(data.draw(st.tuples(*[st.integers(0, tensor.numel())] * 2)))
             assert same_bits(snapshot.read_raw(index, start, stop), tensor.reshape(-1)[start:stop])
         for rank in range(division.ranks):
-            stored = tensors_in(names.tensors_path(snapshot.folder, rank))
+            path = Path(folder) / names.tensors_file(snapshot.name, rank)
+            stored = tensors_in(path) if snapshot.facts.parts[rank].size else {}
             for cut, tensor in copied:
                 assert_boxes(stored, f"copied:{cut.name}", cut.held[rank], tensor)
-            path = names.frozen_paths(Path(folder), snapshot.parts[0].session, 1, rank)[0]
-            stored = tensors_in(path) if snapshot.parts[rank].frozen else {}
+            path = Path(folder) / names.frozen_files(snapshot.facts.session, 1, rank)[0]
+            stored = tensors_in(path) if snapshot.facts.parts[rank].frozen else {}
             for cut, tensor in frozen:
                 assert_boxes(stored, cut.name, cut.held[rank], tensor)
 
@@ -241,12 +248,11 @@ def test_frozen_tensors_are_stored_once_and_again_only_by_the_rank_where_they_ch
             if loaded_late:
                 blanks = fake(one, [], [(cut, torch.zeros_like(x)) for cut, x in zip(cuts, tensors, strict=True)])
                 opened = open_session(root, blanks)
-                for session, layout in zip(opened, model.frozen, strict=True):
-                    session._kept = layout
+                for session, layout in zip(opened.each, model.frozen, strict=True):
+                    session._live = (*session._live[:2], layout)
             else:
                 opened = open_session(root, model)
-            for session in opened:
-                session.continue_at(t)
+            opened.continue_at(t)
             for number, changed in enumerate(changes):
                 before = {path: path.read_bytes() for path in frozen_files(root)}
                 writers = set(range(ranks)) if not before else set()
@@ -293,8 +299,7 @@ def test_three_snapshots_and_a_resume_on_another_number_of_ranks_take_the_bytes_
         held = [((Box((rows * rank, 0), (rows, 5)),), 0) for rank in range(ranks)]
         model = fake(rows_everywhere(ranks), [], [(Cut("teacher", "frozen", held), tensor)])
         sessions = open_session(tmp_path, model)
-        for session in sessions:
-            session.continue_at(written)
+        sessions.continue_at(written)
         # Fingerprints tell when a session is opened: nothing needs to be read.
         with mock.patch.object(frozen_module, "stored_frozen", forbidden):
             for _ in range(3):
@@ -306,7 +311,7 @@ def test_three_snapshots_and_a_resume_on_another_number_of_ranks_take_the_bytes_
     assert open_run(tmp_path).frozen_size == sum(path.stat().st_size for path in files)
     for snapshot in open_run(tmp_path).snapshots:
         assert_same(raw_of(snapshot), [tensor])
-    assert [s.parts[0].frozen for s in open_run(tmp_path).snapshots] == [1] * 3 + [0] * 6
+    assert [s.facts.parts[0].frozen for s in open_run(tmp_path).snapshots] == [1] * 3 + [0] * 6
 
 
 def rows_everywhere(ranks: int):
@@ -332,13 +337,16 @@ def test_a_snapshot_cut_short_after_the_frozen_tensors_leaves_earlier_ones_and_t
     sessions = open_session(tmp_path, model)
     take_snapshot(sessions, model, 1.0)
     model.frozen[1][0].local.fill_(5.0)
-    with mock.patch.object(session_module, "write_snapshot", failing), pytest.raises(StoreError, match="full"):
-        take_snapshot(sessions, model, 2.0, range(1, 2))
-    take_snapshot(sessions, model, 2.0, range(1))
+
+    def on_rank_1(folder, record, rank, *args, **options):
+        return failing() if rank == 1 else write_part(folder, record, rank, *args, **options)
+
+    with mock.patch.object(session_module, "write_part", on_rank_1), pytest.raises(StoreError, match=r"rank 1: .*full"):
+        take_snapshot(sessions, model, 2.0)
     stores = frozen_files(tmp_path)
     assert len(stores) == 3
     run = open_run(tmp_path)
-    assert ([s.t for s in run.snapshots], run.unfinished) == ([1.0], 1)
+    assert [s.t for s in run.snapshots] == [1.0]
     assert raw_of(run.snapshots[0])[1].tolist() == [1.0] * 3 + [2.0] * 3
     take_snapshot(sessions, model, 3.0)
     assert frozen_files(tmp_path) == stores
@@ -346,8 +354,7 @@ def test_a_snapshot_cut_short_after_the_frozen_tensors_leaves_earlier_ones_and_t
     assert [raw_of(s)[1].tolist() for s in run.snapshots] == [[1.0] * 3 + [2.0] * 3, [1.0] * 3 + [5.0] * 3]
     # A run that died instead is continued by one that refers to the last finished snapshot's.
     again = open_session(tmp_path, model)
-    for session in again:
-        session.continue_at(3.0)
+    again.continue_at(3.0)
     take_snapshot(again, model, 4.0)
     assert frozen_files(tmp_path) == stores
     assert raw_of(open_run(tmp_path).snapshots[-1])[1].tolist() == [1.0] * 3 + [5.0] * 3
@@ -356,13 +363,16 @@ def test_a_snapshot_cut_short_after_the_frozen_tensors_leaves_earlier_ones_and_t
 def test_a_store_that_failed_half_way_is_tried_again_under_another_number(tmp_path):
     model = two_ranks(ONES, TWOS)
     sessions = open_session(tmp_path, model)
-    with mock.patch.object(store_frozen, "write_text", failing), pytest.raises(StoreError, match="full"):
-        take_snapshot(sessions, model, 1.0, range(1))
+
+    def on_rank_0(folder, name, record):
+        return failing() if record.rank == 0 else write_record(folder, name, record)
+
+    with mock.patch.object(store_frozen, "write_record", on_rank_0), pytest.raises(StoreError, match=r"rank 0: .*full"):
+        take_snapshot(sessions, model, 1.0)
     assert open_run(tmp_path).snapshots == ()
-    take_snapshot(sessions, model, 1.0, range(1, 2))
     take_snapshot(sessions, model, 2.0)
     (snapshot,) = open_run(tmp_path).snapshots
-    assert [part.frozen for part in snapshot.parts] == [2, 1]
+    assert [part.frozen for part in snapshot.facts.parts] == [2, 1]
     assert raw_of(snapshot)[1].tolist() == [1.0] * 3 + [2.0] * 3
 
 
@@ -400,14 +410,19 @@ def test_a_damaged_store_of_frozen_tensors_is_named_and_other_snapshots_are_read
     before, after = open_run(tmp_path).snapshots
     with pytest.raises(StoreError) as caught:
         raw_of(after)
-    assert str(victim) in caught.value.message
+    assert str(victim.relative_to(tmp_path)) in caught.value.message
+    assert str(tmp_path) in caught.value.message
     assert caught.value.hint
+    with pytest.raises(StoreError):
+        for layer in after.frozen:
+            layer.check()
+    for layer in before.frozen:
+        layer.check()
     assert raw_of(before)[1].tolist() == [1.0] * 3 + [2.0] * 3
     # A session that cannot read what is stored stores its own.
     model = two_ranks(ONES, TWOS)
     sessions = open_session(tmp_path, model)
-    for session in sessions:
-        session.continue_at(2.0)
+    sessions.continue_at(2.0)
     take_snapshot(sessions, model, 3.0)
     assert raw_of(open_run(tmp_path).snapshots[-1])[1].tolist() == [1.0] * 3 + [2.0] * 3
 
@@ -415,26 +430,29 @@ def test_a_damaged_store_of_frozen_tensors_is_named_and_other_snapshots_are_read
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"frozen_numbers": (1,)}, "frozen tensors of 1 ranks .* expected 2"),
+        ({"frozen_numbers": (1,)}, "those of 1 ranks of session .*, which has 2"),
         ({"frozen_from": "", "frozen_numbers": ()}, "no session before it stored any"),
-        ({"frozen_from": "elsewhere"}, r"elsewhere\.json: cannot be read"),
-        ({"frozen_from": None}, "each session once"),
+        ({"frozen_from": "elsewhere"}, r"of session elsewhere, which is missing"),
+        ({"frozen_from": None}, "1 refer to it"),
     ],
 )
 def test_a_session_whose_record_of_frozen_tensors_cannot_be_is_refused(tmp_path, changed, text):
     model = two_ranks(ONES, TWOS)
     for t in (1.0, 2.0):
         sessions = open_session(tmp_path, model)
-        for session in sessions:
-            session.continue_at(t - 1.0)
+        sessions.continue_at(t - 1.0)
         take_snapshot(sessions, model, t)
-    path = names.session_path(tmp_path, sessions[0]._name)
-    record = decode(SessionRecord, path.read_text(), path)
+    path = tmp_path / names.session_file(sessions.each[0]._name)
+    record = decode(SessionRecord, path.read_bytes(), path)
     assert record.frozen_numbers == (1, 1)
-    path.write_text(encode(replace(record, **{k: record.session if v is None else v for k, v in changed.items()})))
-    with pytest.raises(StoreError, match=text) as caught:
-        raw_of(open_run(tmp_path).snapshots[1])
-    assert caught.value.hint
+    path.write_bytes(encode(replace(record, **{k: record.session if v is None else v for k, v in changed.items()})))
+    run = open_run(tmp_path)
+    if run.damaged:
+        assert re.search(text, run.damaged[0].reason)
+    else:
+        with pytest.raises(StoreError, match=text) as caught:
+            raw_of(run.snapshots[1])
+        assert caught.value.hint
     assert raw_of(open_run(tmp_path).snapshots[0])[1].tolist() == [1.0] * 3 + [2.0] * 3
 
 
@@ -443,14 +461,15 @@ def test_copied_tensors_of_a_swapped_or_truncated_part_are_refused(tmp_path):
     sessions = open_session(tmp_path, model)
     for t in (1.0, 2.0):
         take_snapshot(sessions, model, t)
-    first, second = (s.folder / "rank-00000.safetensors" for s in open_run(tmp_path).snapshots)
+    first, second = (Path(s.where) / "rank-00000.safetensors" for s in open_run(tmp_path).snapshots)
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
-    with pytest.raises(StoreError, match="'snapshot': '1'"):
+    with pytest.raises(StoreError, match=r"rank-00000\.safetensors is damaged"):
         raw_of(open_run(tmp_path).snapshots[0])
     first.write_bytes(kept[:-1])
-    with pytest.raises(StoreError, match="bytes"):
-        open_run(tmp_path).snapshots[0].read_raw(0, 0, 1)
+    run = open_run(tmp_path)
+    assert [s.t for s in run.snapshots] == [2.0]
+    assert "bytes" in run.damaged[0].reason
 
 
 # Whole models in one process: what is rebuilt is the model's own state dict.
@@ -560,7 +579,7 @@ def test_a_model_with_adapters_comes_out_with_its_base_which_is_stored_once(tmp_
     assert same_bits(low["base.weight"], model.base.weight)
     assert same_bits(low["up.weight"], found["up.weight"].bfloat16())
     (snapshot, *_) = open_run(tmp_path / "run").snapshots
-    assert "base" not in "".join(tensors_of(snapshot.folder))
+    assert "base" not in "".join(tensors_of(snapshot.where))
 
 
 def test_a_teacher_that_is_updated_in_place_is_rebuilt_as_it_was_at_each_time(tmp_path):
@@ -789,4 +808,4 @@ def test_a_sharded_model_with_adapters_comes_out_whole_and_its_base_is_stored_on
     assert len(files) == 2, "each rank stored its own shards"
     run_ranks(3, adapted_body, str(tmp_path / "fsdp"), True)
     assert frozen_files(tmp_path / "fsdp" / "run") == files
-    assert [len(s.parts) for s in open_run(tmp_path / "fsdp" / "run").snapshots] == [2, 2, 3, 3]
+    assert [len(s.facts.parts) for s in open_run(tmp_path / "fsdp" / "run").snapshots] == [2, 2, 3, 3]

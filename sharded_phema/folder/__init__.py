@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from sharded_phema.folder.contract import Buffer, Entry, Folder, Want
 from sharded_phema.folder.flight import in_flight
 from sharded_phema.folder.local import LocalFolder
 
-__all__ = ["Buffer", "Entry", "Folder", "Want", "open_folder", "read_each"]
+__all__ = ["Buffer", "Entry", "Folder", "Want", "of_each", "open_folder", "read_each"]
 
 LOCAL = ("file://", "local://")
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 def open_folder(root: str | os.PathLike[str]) -> Folder:
@@ -47,3 +51,19 @@ def read_each(folder: Folder, names: Sequence[str], limit: int) -> tuple[bytes, 
         StoreError: One of them is missing, larger, or cannot be read.
     """
     return in_flight(lambda name: folder.read(name, limit), names)
+
+
+def of_each(folder: Folder, act: Callable[[Item], Found], items: Sequence[Item]) -> tuple[Found, ...]:
+    """``act`` of each item, in order: several at a time where each waits for a remote folder, else one after another.
+
+    Args:
+        folder: What ``act`` reads from.
+        act: Reads something. May be called from several threads.
+        items: What it is called with.
+
+    Raises:
+        StoreError: The first failure of ``act``.
+    """
+    if "://" not in folder.url or folder.url.startswith(LOCAL):
+        return tuple(act(item) for item in items)
+    return in_flight(act, items)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from sharded_phema.store.audit import check_claim, check_frozen, check_layout, check_session
 from sharded_phema.store.boxes import BoxTensor
-from sharded_phema.store.claims import Claim, claim_run
+from sharded_phema.store.claims import Claim, check_unclaimed, claim_run
 from sharded_phema.store.cuts import Here, here, layout_record
 from sharded_phema.store.frozen import FrozenLayer, stored_frozen, write_frozen
 from sharded_phema.store.names import snapshot_folder
 from sharded_phema.store.norms import squared_norms
 from sharded_phema.store.reader import Snapshot
+from sharded_phema.store.records import layout_id
 from sharded_phema.store.run import Damaged, Run, open_run, run_exists
 from sharded_phema.store.stored import Stored
-from sharded_phema.store.upkeep import remove_snapshot, remove_unfinished
+from sharded_phema.store.upkeep import (
+    Waste,
+    discard_part,
+    remove_snapshot,
+    remove_unfinished,
+    remove_waste,
+    waste_of,
+)
 from sharded_phema.store.writer import commit_snapshot, create_run, start_session, write_part
 
 __all__ = [
@@ -23,19 +32,29 @@ __all__ = [
     "Run",
     "Snapshot",
     "Stored",
+    "Waste",
+    "check_claim",
+    "check_frozen",
+    "check_layout",
+    "check_session",
+    "check_unclaimed",
     "claim_run",
     "commit_snapshot",
     "create_run",
+    "discard_part",
     "here",
+    "layout_id",
     "layout_record",
     "open_run",
     "remove_snapshot",
     "remove_unfinished",
+    "remove_waste",
     "run_exists",
     "snapshot_folder",
     "squared_norms",
     "start_session",
     "stored_frozen",
+    "waste_of",
     "write_frozen",
     "write_part",
 ]

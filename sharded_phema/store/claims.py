@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from sharded_phema.manifest import ClaimRecord, RunRecord
 from sharded_phema.store import names
 from sharded_phema.store.records import read_record, write_record
 
-__all__ = ["Claim", "claim_run"]
+__all__ = ["Claim", "check_unclaimed", "claim_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Claim:
 
     Attributes:
         folder: The run folder.
-        number: The highest when it was made; a process that claims the run later has a higher one.
+        number: The highest when it was made; a process that claims the run meanwhile has a higher one.
     """
 
     folder: Folder
@@ -61,25 +62,53 @@ def claim_run(folder: Folder, run: RunRecord) -> Claim:
     numbers = _numbers(folder)
     for number in numbers:
         _refuse_living(folder, run, names.claim_file(number))
-    mine = (numbers[-1] if numbers else 0) + 1
+    # A number that was released may be another's who only seems dead: none begins where the last one did.
+    mine = (numbers[-1] if numbers else secrets.randbelow(10**8)) + 1
     record = ClaimRecord(run.run, mine, socket.gethostname(), os.getpid(), place_here())
-    write_record(folder, names.claim_file(mine), record)
+    try:
+        write_record(folder, names.claim_file(mine), record)
+    except StoreError:
+        _refuse_living(folder, run, names.claim_file(mine))  # another was faster
+        raise
     for number in numbers:
         folder.remove(names.claim_file(number))
     return Claim(folder, mine)
 
 
+def check_unclaimed(folder: Folder, run: RunRecord) -> None:
+    """Prove that nobody goes on with a run, wherever; this process counts as all others do.
+
+    Raises:
+        OrderError: A process may.
+    """
+    for number in _numbers(folder):
+        name = names.claim_file(number)
+        for record in _claims(folder, run, name):
+            if not Writer(record.place, record.pid).is_dead:
+                raise OrderError(
+                    f"{folder.url}: process {record.pid} on {record.host} may be training into this folder",
+                    hint="wait until it closes, or stop it; if it is gone for certain, as after its machine was "
+                    f"restarted, remove {folder.url}/{name}",
+                )
+
+
 def _refuse_living(folder: Folder, run: RunRecord, name: str) -> None:
+    for record in _claims(folder, run, name):
+        free = record.place != place_here() or record.pid == os.getpid()
+        if not free and not Writer(record.place, record.pid).is_dead:
+            raise OrderError(
+                f"{folder.url}: process {record.pid} on {record.host} is training into this folder",
+                hint="stop it first, or give this run its own folder",
+            )
+
+
+def _claims(folder: Folder, run: RunRecord, name: str) -> list[ClaimRecord]:
+    """The claim in a file, if it is one to this run; one that cannot be read protects nobody."""
     try:
         record = read_record(ClaimRecord, folder, name)
-    except StoreError:  # a claim that cannot be read protects nobody
-        return
-    here = record.place == place_here()
-    if record.run == run.run and here and record.pid != os.getpid() and not Writer(record.place, record.pid).is_dead:
-        raise OrderError(
-            f"{folder.url}: process {record.pid} on {record.host} is training into this folder",
-            hint="stop it first, or give this run its own folder",
-        )
+    except StoreError:
+        return []
+    return [record] if record.run == run.run else []
 
 
 def _numbers(folder: Folder) -> list[int]:

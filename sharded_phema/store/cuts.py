@@ -6,17 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharded_phema.errors import StoreError
-from sharded_phema.layout import Box, ShardLayout, whole
+from sharded_phema.layout import Box, ShardLayout, tally, whole
 from sharded_phema.manifest import Cut, LayoutRecord, RunRecord
 
-__all__ = ["Held", "Here", "Layout", "here", "layout_record"]
+__all__ = ["Held", "Here", "Layout", "Slabs", "here", "layout_record", "near"]
 
-Held = tuple[tuple[int, tuple[Box, ...]], ...]
+Held = Sequence[tuple[int, tuple[Box, ...]]]
 """Ranks that hold something of a tensor, in order, and what."""
 
 Shape = tuple[int, ...]
@@ -145,24 +146,80 @@ class Layout:
         return self._held[kind, index]
 
 
+@dataclass(frozen=True)
+class Slabs(Sequence[tuple[int, tuple[Box, ...]]]):
+    """What ranks hold of a tensor that is cut into slabs, one after another; no box is made before it is asked for.
+
+    Thousands of ranks times thousands of tensors would be gigabytes of boxes.
+
+    Attributes:
+        shape: Shape of the tensor.
+        dim: The dimension that is cut.
+        ranks: Ranks that hold a slab, in order. (slabs,)
+        edges: Where these begin, and where the last one ends. (slabs + 1,)
+    """
+
+    shape: Shape
+    dim: int
+    ranks: NDArray[np.int64]
+    edges: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, tuple[Box, ...]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Held: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, tuple[Box, ...]] | Held:
+        """A rank and its slab."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin, end = self.edges[range(len(self))[index]], self.edges[range(1, len(self) + 1)[index]]
+        return int(self.ranks[index]), (_box(self.shape, self.dim, int(begin), int(end)),)
+
+    def near(self, box: Box) -> Held:
+        """Those that may share elements with a box."""
+        start, size = box.offsets[self.dim], box.sizes[self.dim]
+        first = int(np.searchsorted(self.edges, start, side="right")) - 1
+        return self[max(first, 0) : int(np.searchsorted(self.edges, start + size, side="left"))]
+
+
+def near(held: Held, box: Box) -> Held:
+    """Ranks that may hold something of a box of the tensor; few where it is cut into slabs."""
+    return held.near(box) if isinstance(held, Slabs) else held
+
+
 def _held(cut: Cut, shape: Shape, world_size: int) -> Held:
-    held: Held = ()
+    held: Held | None = None
     if cut.edges:
-        fits = len(cut.edges) == world_size + 1 and cut.dim < len(shape) and cut.edges[-1] == shape[cut.dim]
-        pairs = enumerate(pairwise(cut.edges))
-        if fits:
-            held = tuple((rank, (_box(shape, cut.dim, a, b),)) for rank, (a, b) in pairs if a < b)
-    else:
-        fits = len(cut.ranks) == len(cut.boxes) and all(rank < world_size for rank in cut.ranks)
-        if fits:
+        held = _slabs(cut, shape, world_size)
+    elif len(cut.ranks) == len(cut.boxes) and all(rank < world_size for rank in cut.ranks):
+        boxes = [box for several in cut.boxes for box in several]
+        inside = all(_is_inside(box, shape) for box in boxes) and sum(box.numel for box in boxes) == math.prod(shape)
+        # Boxes can overlap and yet add up, with a gap elsewhere.
+        if inside and tally(boxes) == tally([whole(shape)]):
             held = tuple(zip(cut.ranks, cut.boxes, strict=True))
-    inside = all(_is_inside(box, shape) for _, boxes in held for box in boxes)
-    if not fits or not inside or sum(box.numel for _, boxes in held for box in boxes) != math.prod(shape):
+    if held is None:
         raise StoreError(
             f"the layout says of a tensor of shape {shape} what cannot be of {world_size} ranks: {str(cut)[:300]}",
             hint="the layout was edited or swapped; restore the run folder",
         )
     return held
+
+
+def _slabs(cut: Cut, shape: Shape, world_size: int) -> Slabs | None:
+    """Slabs that follow each other from one end of the tensor to the other; None where they do not."""
+    if len(cut.edges) != world_size + 1 or cut.dim >= len(shape):
+        return None
+    if (cut.edges[0], cut.edges[-1]) != (0, shape[cut.dim]) or max(cut.edges) > shape[cut.dim]:
+        return None
+    edges = np.array(cut.edges, np.int64)
+    lengths = np.diff(edges)
+    ranks = np.flatnonzero(lengths)
+    if (lengths < 0).any():
+        return None
+    return Slabs(shape, cut.dim, ranks, np.append(edges[ranks], edges[-1]))
 
 
 def _is_inside(box: Box, shape: Shape) -> bool:

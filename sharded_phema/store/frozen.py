@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from sharded_phema.blocks import BlockFile
 from sharded_phema.errors import StoreError
 from sharded_phema.folder import Folder
-from sharded_phema.layout import ShardLayout, cut
+from sharded_phema.layout import Box, ShardLayout, cut
 from sharded_phema.manifest import FrozenRecord, RunRecord, SessionRecord
 from sharded_phema.store import names
 from sharded_phema.store.boxes import pieces_of
@@ -145,10 +145,8 @@ def stored_frozen(layers: Sequence[FrozenLayer], index: int) -> Stored:
             hint="session records were edited or mixed; restore the run folder",
         )
     layer, tensor = layers[0], layers[0].record.frozen[index]
-    boxes = dict(layer.layout.frozen(index))
 
-    def fill(rank: int, number: int, first: int, out: Numbers) -> None:
-        box = boxes[rank][number]
+    def fill(rank: int, number: int, box: Box, first: int, out: Numbers) -> None:
         if layer.numbers[rank]:
             layer.file(rank).fill(names.box_key(tensor.name, number), tensor.dtype, box.numel, first, out)
             return
@@ -158,4 +156,4 @@ def stored_frozen(layers: Sequence[FrozenLayer], index: int) -> Stored:
             out = out[part.numel :]
 
     where = f"{layer.root.url}/{names.FROZEN}"
-    return Stored(where, tensor.name, tensor.shape, tuple(boxes.items()), bits_of(tensor.dtype), fill)
+    return Stored(where, tensor.name, tensor.shape, layer.layout.frozen(index), bits_of(tensor.dtype), fill)

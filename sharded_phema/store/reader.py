@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,8 +125,23 @@ class Snapshot:
         Raises:
             StoreError: One is missing or damaged, or there are others.
         """
+        for _, check in self.checks():
+            check()
+
+    def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Of each file of this snapshot: its name, and what reads all of it and raises where it is damaged."""
         for rank, expected in self._expected().items():
-            self._file(rank).check(expected)
+            yield names.tensors_file(self.name, rank), partial(self._check_file, rank, expected)
+
+    def stores(self) -> Iterator[str]:
+        """Records of the stores of frozen tensors that this snapshot refers to."""
+        for layer in self.frozen:
+            for rank, number in enumerate(layer.numbers):
+                if number:
+                    yield names.frozen_files(layer.session, number, rank)[1]
+
+    def _check_file(self, rank: int, expected: Sequence[tuple[str, str, int]]) -> None:
+        self._file(rank).check(expected)
 
     def _expected(self) -> Mapping[int, list[tuple[str, str, int]]]:
         """Of each rank that wrote a file: key, dtype and elements of each of its tensors."""
@@ -158,12 +174,11 @@ class Snapshot:
         return self._tensor(name, tensor.shape, tensor.dtype, held, bits_of(tensor.dtype))
 
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: str, held: Held, kind: type[np.generic]) -> Stored:
-        boxes = dict(held)
 
-        def fill(rank: int, number: int, first: int, out: Numbers) -> None:
-            self._file(rank).fill(names.box_key(name, number), dtype, boxes[rank][number].numel, first, out)
+        def fill(rank: int, number: int, box: Box, first: int, out: Numbers) -> None:
+            self._file(rank).fill(names.box_key(name, number), dtype, box.numel, first, out)
 
-        return Stored(self.where, name, shape, tuple(boxes.items()), kind, fill)
+        return Stored(self.where, name, shape, held, kind, fill)
 
     def _file(self, rank: int) -> TensorFile:
         if rank not in self._files:

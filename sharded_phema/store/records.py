@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import xxhash
+
 from sharded_phema.errors import StoreError
 from sharded_phema.folder import Folder
 from sharded_phema.manifest import (
@@ -17,7 +19,7 @@ from sharded_phema.store import names
 from sharded_phema.store.cuts import Layout
 from sharded_phema.transcript import decode, encode
 
-__all__ = ["check_run", "read_layout", "read_record", "write_record"]
+__all__ = ["check_run", "layout_id", "read_layout", "read_record", "write_record"]
 
 MAX_BYTES = 1 << 28
 """Longest record that is read."""
@@ -57,6 +59,11 @@ def check_run(where: str, run: RunRecord, record: SessionRecord | LayoutRecord |
         )
 
 
+def layout_id(record: LayoutRecord) -> str:
+    """Identity of a layout: a digest of its record, so that all sessions that are cut alike share one."""
+    return xxhash.xxh3_64_hexdigest(encode(record))
+
+
 def read_layout(folder: Folder, run: RunRecord, session: SessionRecord) -> Layout:
     """What each rank of a session writes.
 
@@ -66,6 +73,11 @@ def read_layout(folder: Folder, run: RunRecord, session: SessionRecord) -> Layou
     name = names.layout_file(session.layout)
     record = read_record(LayoutRecord, folder, name)
     check_run(f"{folder.url}/{name}", run, record)
+    if (found := layout_id(record)) != session.layout:
+        raise StoreError(
+            f"{folder.url}/{name}: expected the layout {session.layout}, found {found}",
+            hint="the layout was swapped with another's or edited; restore the run folder",
+        )
     if record.world_size != session.world_size:
         raise StoreError(
             f"{folder.url}/{name}: expected the layout of {session.world_size} ranks, found {record.world_size}",

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 from sharded_phema.errors import StoreError
-from sharded_phema.folder import Folder, open_folder
-from sharded_phema.manifest import RunRecord, SessionRecord, SnapshotRecord
+from sharded_phema.folder import Entry, Folder, of_each, open_folder
+from sharded_phema.manifest import RawTensor, RunRecord, SessionRecord, SnapshotRecord
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import names
 from sharded_phema.store.cuts import Layout
 from sharded_phema.store.frozen import frozen_layers
 from sharded_phema.store.reader import Snapshot
 from sharded_phema.store.records import check_run, read_layout, read_record
-from sharded_phema.tensorfile import CODES
+from sharded_phema.tensorfile import CODES, torch_dtype
 
 __all__ = ["Damaged", "Run", "open_run", "run_exists"]
 
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A snapshot that cannot be read, and why."""
+    """A snapshot that cannot be read.
+
+    Attributes:
+        name: Its folder in the run folder.
+        reason: Why.
+        facts: Its record; None where that cannot be read either.
+        abandoned: Whether it lies on a timeline that a later resume left behind, as far as is known.
+    """
 
     name: str
     reason: str
+    facts: SnapshotRecord | None = None
+    abandoned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +61,35 @@ class Run:
     damaged: tuple[Damaged, ...]
     head: str
 
+    def without(self, broken: Mapping[str, str]) -> Run:
+        """The run without some snapshots, given why by name, which turned out to be damaged."""
+        kept = tuple(s for s in self.snapshots if s.name not in broken)
+        left = [Damaged(s.name, broken[s.name], s.facts) for s in self.snapshots if s.name in broken]
+        return replace(self, snapshots=kept, damaged=(*self.damaged, *left))
+
     @property
     def numel(self) -> int:
         """Elements of one average of the whole model."""
         return sum(math.prod(parameter.shape) for parameter in self.record.parameters)
 
+    def check_frozen(self) -> None:
+        """Prove that the files of frozen tensors are long enough for them, before memory is made for these.
+
+        Raises:
+            StoreError: They are not.
+        """
+        if (found := self.frozen_size) < (expected := _bytes(self.record.frozen)):
+            raise StoreError(
+                f"{self.root.url}/{names.FROZEN}: expected at least {expected} bytes of tensors, found {found}",
+                hint="files were removed, or the run's record was edited; restore the run folder",
+            )
+
     @property
     def frozen_size(self) -> int:
         """Bytes of the files of frozen tensors."""
         folders = [f"{names.FROZEN}/{entry.name}" for entry in self.root.list(names.FROZEN) if entry.is_folder]
-        return sum(entry.size for folder in folders for entry in self.root.list(folder))
+        files = [entry for folder in folders for entry in self.root.list(folder)]
+        return sum(entry.size for entry in files if entry.name.endswith(".safetensors"))
 
 
 def run_exists(root: str | os.PathLike[str] | Folder) -> bool:
@@ -95,6 +124,7 @@ def open_run(root: str | os.PathLike[str] | Folder) -> Run:
     living = [s for s in finished if s.t <= cutoffs[s.facts.session]]
     abandoned = [s for s in finished if s.t > cutoffs[s.facts.session]]
     order = tuple(sorted(living, key=lambda snapshot: snapshot.t))
+    damaged = tuple(replace(d, abandoned=d.facts.t > cutoffs[d.facts.session]) if d.facts else d for d in damaged)
     return Run(folder, record, order, tuple(abandoned), unfinished, damaged, head=next(iter(cutoffs), ""))
 
 
@@ -112,7 +142,8 @@ def _check_dtype(folder: Folder, known: Iterable[str], dtype: str) -> None:
 
 def _sessions(folder: Folder, record: RunRecord) -> dict[str, SessionRecord]:
     found = [f"{names.SESSIONS}/{e.name}" for e in folder.list(names.SESSIONS) if e.name.endswith(".json")]
-    sessions = {name: read_record(SessionRecord, folder, name) for name in found}
+    records = of_each(folder, lambda name: read_record(SessionRecord, folder, name), found)
+    sessions = dict(zip(found, records, strict=True))
     for name, session in sessions.items():
         check_run(f"{folder.url}/{name}", record, session)
         if name != names.session_file(session.session):
@@ -152,29 +183,58 @@ class _Shelf:
 
     def __init__(self, folder: Folder, record: RunRecord, sessions: Mapping[str, SessionRecord]) -> None:
         self._folder, self._record, self._sessions = folder, record, sessions
-        self._layouts: dict[str, Layout] = {}
-        self._numbered: set[tuple[str, int]] = set()
+        self._layouts: dict[tuple[str, int], Layout] = {}
+        averaged = sum(math.prod(parameter.shape) for parameter in record.parameters) * len(record.averages)
+        self._bytes = averaged * STORED_BYTES[record.dtype] + _bytes(record.copied)
 
     def sorted(self) -> tuple[list[Snapshot], tuple[str, ...], tuple[Damaged, ...]]:
         """All snapshots, by what they are."""
         finished, unfinished, damaged = [], [], []
-        for entry in self._folder.list(names.SNAPSHOTS):
-            if not entry.is_folder:
-                continue
-            name = f"{names.SNAPSHOTS}/{entry.name}"
-            files = {file.name: file.size for file in self._folder.list(name)}
-            if names.snapshot_file(name).rpartition("/")[2] not in files:
-                unfinished.append(name)
-                continue
+        folders = [entry for entry in self._folder.list(names.SNAPSHOTS) if entry.is_folder]
+        for name, files, facts in of_each(self._folder, self._look, folders):
             try:
-                finished.append(self._snapshot(name, files))
+                if facts is None:
+                    unfinished.append(name)
+                else:
+                    finished.append(self._snapshot(name, files, facts()))
             except StoreError as error:
-                damaged.append(Damaged(name, error.message))
+                damaged.append(Damaged(name, error.message, self._known(name, facts)))
         return finished, tuple(unfinished), tuple(damaged)
 
-    def _snapshot(self, name: str, files: Mapping[str, int]) -> Snapshot:
+    def _look(self, entry: Entry) -> tuple[str, Mapping[str, int], Callable[[], SnapshotRecord] | None]:
+        """A folder: its name, the lengths of its files, and what gives its record or raises why there is none."""
+        name = f"{names.SNAPSHOTS}/{entry.name}"
+        files = {file.name: file.size for file in self._folder.list(name)}
+        record = names.snapshot_file(name)
+        if record.rpartition("/")[2] not in files:
+            return name, files, None
+        try:
+            facts = read_record(SnapshotRecord, self._folder, record)
+        except StoreError as error:
+            return name, files, partial(_raise, error)
+        return name, files, lambda: facts
+
+    def _snapshot(self, name: str, files: Mapping[str, int], facts: SnapshotRecord) -> Snapshot:
         where = f"{self._folder.url}/{name}"
-        facts = read_record(SnapshotRecord, self._folder, names.snapshot_file(name))
+        session = self._check_record(where, name, facts)
+        self._check_files(where, facts, files)
+        layouts = {name: self._layout(self._sessions[name]) for name in self._needed(session)}
+        numbers = [part.frozen for part in facts.parts]
+        layers = frozen_layers(self._folder, self._record, self._sessions, layouts, facts.session, numbers)
+        return Snapshot(self._folder, name, self._record, facts, layouts[facts.session], layers)
+
+    def _known(self, name: str, facts: Callable[[], SnapshotRecord] | None) -> SnapshotRecord | None:
+        """The record of a damaged snapshot, where it is one that belongs there."""
+        try:
+            found = facts() if facts else None
+            if found is not None:
+                self._check_record(f"{self._folder.url}/{name}", name, found)
+        except StoreError:
+            return None
+        return found
+
+    def _check_record(self, where: str, name: str, facts: SnapshotRecord) -> SessionRecord:
+        """The session of a snapshot, once it is proved that its record belongs there."""
         check_run(where, self._record, facts)
         session = self._sessions.get(facts.session)
         if session is None or len(facts.parts) != session.world_size or name != _name(facts):
@@ -183,14 +243,22 @@ class _Shelf:
                 f"{len(facts.parts)} parts, which does not belong there",
                 hint="records were swapped or copied; restore the folder or move it away",
             )
-        self._check_files(where, facts, files)
-        for each in self._sessions.values():
-            if each.session not in self._layouts and each.session in self._needed(session):
-                self._layouts[each.session] = read_layout(self._folder, self._record, each)
-        numbers = [part.frozen for part in facts.parts]
-        known = (self._folder, self._record, self._sessions, self._layouts)
-        layers = frozen_layers(*known, facts.session, numbers)
-        return Snapshot(self._folder, name, self._record, facts, self._layouts[facts.session], layers)
+        averages = len(self._record.averages)
+        norms, gaps = {0, averages}, {0, averages * (averages - 1) // 2}
+        if not (0 <= facts.start <= facts.t and len(facts.norms) in norms and len(facts.gaps) in gaps):
+            raise StoreError(
+                f"{where}: its record is of t={facts.t:g}, averages since {facts.start:g}, {len(facts.norms)} norms "
+                f"and {len(facts.gaps)} gaps, which cannot be of {averages} averages",
+                hint="the record was edited; restore it from a backup",
+            )
+        return session
+
+    def _layout(self, session: SessionRecord) -> Layout:
+        """What the ranks of a session write; read once for all sessions that are cut alike."""
+        key = session.layout, session.world_size
+        if key not in self._layouts:
+            self._layouts[key] = read_layout(self._folder, self._record, session)
+        return self._layouts[key]
 
     def _needed(self, session: SessionRecord) -> set[str]:
         """The session and those whose frozen tensors it may refer to."""
@@ -201,6 +269,11 @@ class _Shelf:
         return needed
 
     def _check_files(self, where: str, facts: SnapshotRecord, files: Mapping[str, int]) -> None:
+        if (stored := sum(part.size for part in facts.parts)) < self._bytes:
+            raise StoreError(
+                f"{where}: expected at least {self._bytes} bytes of tensors in its files, found {stored}",
+                hint="a record was edited or swapped; restore the run folder",
+            )
         for rank, part in enumerate(facts.parts):
             file = names.tensors_file(where, rank).rpartition("/")[2]
             if part.size and files.get(file) != part.size:
@@ -209,6 +282,14 @@ class _Shelf:
                     f"{where}/{file}: expected {part.size} bytes, found {found}",
                     hint="the file was cut short or removed; restore it from a backup",
                 )
+
+
+def _bytes(tensors: Iterable[RawTensor]) -> int:
+    return sum(math.prod(tensor.shape) * torch_dtype(tensor.dtype).itemsize for tensor in tensors)
+
+
+def _raise(error: StoreError) -> SnapshotRecord:
+    raise error
 
 
 def _name(facts: SnapshotRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import StoreError
 from sharded_phema.layout import Box, boxes_of_flat_range, flattened, intersection
+from sharded_phema.store.cuts import Held, near
 
 __all__ = ["Stored"]
 
@@ -28,15 +30,15 @@ class Stored:
         held: The ranks that stored something of it, and their boxes.
         kind: What its elements are read as.
         fill: Fills a contiguous 1-d array with the elements of a rank's box: given the rank, the number of the box,
-            the first of its elements, row-major, that is wanted, and the array.
+            the box, the first of its elements, row-major, that is wanted, and the array.
     """
 
     where: str
     name: str
     shape: tuple[int, ...]
-    held: Sequence[tuple[int, Sequence[Box]]]
+    held: Held
     kind: type[np.generic]
-    fill: Callable[[int, int, int, Numbers], None]
+    fill: Callable[[int, int, Box, int, Numbers], None]
 
     def read_box(self, box: Box) -> Numbers:
         """One box of the tensor, as an array of its shape.
@@ -45,7 +47,7 @@ class Stored:
             StoreError: A file is damaged, or the stored boxes do not cover the box.
         """
         out, found = np.empty(box.sizes, self.kind), 0
-        for rank, boxes in self.held:
+        for rank, boxes in near(self.held, box):
             for number, stored in enumerate(boxes):
                 if (shared := intersection(stored, box)) is not None:
                     out[_within(box, shared)] = self._cut(rank, number, stored, shared)
@@ -60,14 +62,14 @@ class Stored:
             StoreError: As of ``read_box``.
         """
         wanted, found = Box((start,), (out.size,)), 0
-        for rank, boxes in self.held:
+        for rank, boxes in near(self.held, _rows(self.shape, start, start + out.size)):
             for number, box in enumerate(boxes):
                 # Rows, as most ways of sharding store them: the range is one run of bytes in each file it touches.
                 if (stored := flattened(box, self.shape)) is None:
                     self._fill_boxes(start, out)
                     return
                 if (shared := intersection(stored, wanted)) is not None:
-                    self.fill(rank, number, shared.offsets[0] - stored.offsets[0], out[_within(wanted, shared)])
+                    self.fill(rank, number, box, shared.offsets[0] - stored.offsets[0], out[_within(wanted, shared)])
                     found += shared.numel
         self._check_found(wanted, found)
 
@@ -89,7 +91,7 @@ class Stored:
         first = int(corner @ strides)
         last = first + int(np.subtract(shared.sizes, 1) @ strides)
         span = np.empty(last + 1 - first, self.kind)
-        self.fill(rank, number, first, span)
+        self.fill(rank, number, stored, first, span)
         steps = tuple(span.itemsize * int(s) for s in strides)
         return np.lib.stride_tricks.as_strided(span, shared.sizes, steps, writeable=False)
 
@@ -99,6 +101,15 @@ class Stored:
                 f"{self.where}: {found} of {box.numel} elements of {self.name} in {box} are stored",
                 hint="the layout records of the run were edited or mixed; restore the run folder",
             )
+
+
+def _rows(shape: Sequence[int], start: int, stop: int) -> Box:
+    """The whole rows of a tensor that elements of it, flattened, lie in."""
+    if not shape:
+        return Box((), ())
+    row = max(math.prod(shape[1:]), 1)
+    first, last = start // row, -(-stop // row)
+    return Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
 
 
 def _within(outer: Box, inner: Box) -> tuple[slice, ...]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharded_phema.blocks import BlockFile, Digester
+from sharded_phema.blocks import BLOCK_BYTES, BlockFile, Digester
 from sharded_phema.errors import StoreError
 from sharded_phema.folder import Buffer, Folder
 from sharded_phema.folder.contract import bytes_of
@@ -170,8 +170,12 @@ class TensorFile:
         numel = int.from_bytes(length, "little")
         if not 2 <= numel <= min(self.file.size - 8, _MAX_HEADER):
             raise StoreError(f"{self.where}: its header cannot be {numel} bytes long", hint=_MEND)
-        header = bytearray(numel)
-        self.file.fill(8, memoryview(header))
+        # Block by block, each of which is in the file: a length that is a lie takes no memory.
+        header = bytearray()
+        while len(header) < numel:
+            part = bytearray(min(BLOCK_BYTES, numel - len(header)))
+            self.file.fill(8 + len(header), memoryview(part))
+            header += part
         return bytes(header)
 
     def _ranges(self, text: bytes) -> dict[str, tuple[str, int, int]]:
