@@ -183,7 +183,10 @@ def _allowed(limit: Limit, squares: Array, units: Array, rounding: float) -> Arr
 
     Rounding of one stored average comes with every average that is tracked; none is asked to be better than that.
     """
-    return np.maximum(limit.error**2 * units + rounding, squares + limit.rise**2 * units)
+    within = limit.error**2 * units + rounding
+    # A goal that is within reach stays there, however near it is to the limit.
+    allowed: Array = np.where(squares > within, squares + limit.rise**2 * units, within)
+    return allowed
 
 
 def _squares(fits: Sequence[Fit], raw: Array) -> Array:

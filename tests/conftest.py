@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before DeepSpeed is loaded, in the ranks too, which inherit them: no search for devices, and the operators that
 # ``make test`` compiled. DeepSpeed calls ninja to see whether they are up to date.
@@ -13,6 +15,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # Before numpy is loaded: many small solves on threads that spin for each other take ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -23,3 +26,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 # Ranks compute on one thread each; the unsharded run that they are compared with must sum in the same order.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[Any]:
+    """The object store of all tests: fsspec keeps its connection to the first one that it meets."""
+    from object_store import serving
+
+    with serving() as served:
+        yield served

@@ -17,7 +17,7 @@ import pytest
 from faults import calls_of, counted, failing_at, in_child, kill_points, killed_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from object_store import BUCKET, ObjectStore, client, serving
+from object_store import BUCKET, ObjectStore, client
 
 from sharded_phema.errors import StoreError
 from sharded_phema.folder import Entry, Folder, Want, disk, open_folder, read_each, remote
@@ -35,12 +35,6 @@ REASONS = {
     errno.EFBIG: "ulimit -f",
     errno.EIO: "check the storage",
 }
-
-
-@pytest.fixture(scope="session")
-def store() -> Iterator[ObjectStore]:
-    with serving() as served:
-        yield served
 
 
 @pytest.fixture(scope="session", params=["local", "memory", "s3"])

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import Trainer, make_model, shard
-from object_store import BUCKET, ObjectStore, client, serving
+from object_store import BUCKET, ObjectStore, client
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
@@ -27,12 +26,6 @@ from sharded_phema.store import open_run, run
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["0.07", "window:0.3"]
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[ObjectStore]:
-    with serving() as served:
-        yield served
 
 
 def fresh(protocol: str) -> str:
