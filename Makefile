@@ -19,7 +19,7 @@ demo: .venv ## train on two processes, rebuild eleven widths, report (into runs/
 	$(TORCHRUN) examples/digits/report.py runs/demo
 
 test: .venv .venv/.deepspeed ## all tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: .venv ## format, lint rules, types
 	$(PY) -m ruff format --check .
