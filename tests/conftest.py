@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from hypothesis import settings
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+# Workers of pytest-xdist ignore interrupts, and so would all that they start; tests send some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ranks compute on one thread each; the unsharded run that they are compared with must sum in the same order.
 torch.set_num_threads(1)
