@@ -17,8 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +30,7 @@ from sharded_phema import PostHocEMA, reconstruct
 from sharded_phema.per_tensor import parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild
 from sharded_phema.store import open_run
+from stopwatch import timed
 
 ONE = ["0.15"]
 NINE = ["0.03", "0.06", "0.08", "0.12", "0.15", "0.18", "0.20", "0.22", "0.25"]
@@ -93,13 +92,6 @@ def measure(root: Path, targets: list[str], rounds: int) -> dict[str, float]:
                 ours = load_file(out / planned.target.slug / "model.safetensors")
                 gap = max([gap, *(float((ours[name] - total[name]).abs().max()) for name in total)])
     return {way: statistics.median(times) for way, times in seconds.items()} | {"largest difference": gap}
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def main() -> None:

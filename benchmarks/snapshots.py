@@ -17,7 +17,6 @@ import platform
 import statistics
 import subprocess
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -36,6 +35,7 @@ from sharded_phema.blocks import BLOCK_BYTES, BlockFile
 from sharded_phema.folder import Want, open_folder
 from sharded_phema.store import open_run
 from sharded_phema.store.tensors import write_tensors
+from stopwatch import timed
 
 RESULTS = Path(__file__).parent / "results"
 PIECES = 16
@@ -157,13 +157,6 @@ def _read(snapshot: Any, out: memoryview, *, bare: bool) -> None:
             snapshot.root.fill([Want(name, begin, piece)])
         else:
             file.fill(begin, piece)
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sharded_phema.background import on_thread
 from sharded_phema.errors import PhemaError, StoreError, check_number
-from sharded_phema.world import from_first, rank_and_size
+from sharded_phema.world import from_first, rank_and_size, tried
 
 __all__ = ["Commits"]
 
@@ -89,15 +89,7 @@ class Commits:
                 exception that is none.
             StoreError: Ranks did not answer in time, and which; or the store cannot be reached.
         """
-        value, error = _tried(attempt)
-        told = None if error is None else _told(error)
-        try:
-            failure: PhemaError | None = self._combined(told, _first_failure)
-        except StoreError as unanswered:
-            raise unanswered from error or unanswered.__cause__
-        if failure is not None:
-            raise failure from error
-        return value  # type: ignore[return-value]
+        return self._reached(attempt, lambda value: None)
 
     def collect(self, attempt: Callable[[], T]) -> list[T]:
         """Run ``attempt`` on every rank and bring its results to rank 0; the others get nothing.
@@ -106,14 +98,7 @@ class Commits:
             PhemaError: As of ``agree``.
             StoreError: As of ``agree``.
         """
-        value, error = _tried(attempt)
-        told = None if error is None else _told(error)
-        try:
-            failure: PhemaError | None = self._combined((told, value), _first_failure_of)
-        except StoreError as unanswered:
-            raise unanswered from error or unanswered.__cause__
-        if failure is not None:
-            raise failure from error
+        self._reached(attempt, lambda value: value)
         # Answers stay in the store until the next exchange.
         number = self._number
         return [found for _, found in self._asked(lambda: self._answers(number))] if self._rank == 0 else []
@@ -124,6 +109,18 @@ class Commits:
             self._refused = "the exchanges between ranks were closed"
             with suppress(StillRunning, RuntimeError):  # nobody is left to tell
                 on_thread(self._depart, "sharded-phema exchange").result(timeout=2 * self._timeout_s)
+
+    def _reached(self, attempt: Callable[[], T], sent: Callable[[T | None], object]) -> T:
+        """Run ``attempt``, send what ``sent`` makes of its result, and raise the first failure of any rank."""
+        value, error = tried(attempt)
+        told = None if error is None else _told(error)
+        try:
+            failure: PhemaError | None = self._combined((told, sent(value)), _first_failure)
+        except StoreError as unanswered:
+            raise unanswered from error or unanswered.__cause__
+        if failure is not None:
+            raise failure from error
+        return value  # type: ignore[return-value]
 
     def _combined(self, value: object, combine: Callable[[Sequence[Any]], Any]) -> Any:
         """What one function makes of all ranks' values: it is that, and not all the values, that every rank reads."""
@@ -218,13 +215,6 @@ def _connection() -> Any:
     return store.clone() if hasattr(store, "clone") else store
 
 
-def _tried(attempt: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return attempt(), None
-    except Exception as error:
-        return None, error
-
-
 def _told(error: Exception) -> PhemaError:
     """A failure in a form that reaches other processes."""
     if isinstance(error, PhemaError):
@@ -232,17 +222,13 @@ def _told(error: Exception) -> PhemaError:
     return StoreError(f"{type(error).__name__}: {error}", hint="see the log of this rank for where it was raised")
 
 
-def _first_failure(outcomes: Sequence[PhemaError | None]) -> PhemaError | None:
-    failures = {rank: error for rank, error in enumerate(outcomes) if error is not None}
+def _first_failure(answers: Sequence[tuple[PhemaError | None, object]]) -> PhemaError | None:
+    failures = {rank: error for rank, (error, _) in enumerate(answers) if error is not None}
     if not failures:
         return None
     (rank, first), *others = failures.items()
     also = f" ({_listed([other for other, _ in others])} failed too)" if others else ""
     return type(first)(f"rank {rank}: {first.message}{also}", hint=first.hint)
-
-
-def _first_failure_of(answers: Sequence[tuple[PhemaError | None, object]]) -> PhemaError | None:
-    return _first_failure([told for told, _ in answers])
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sharded_phema.errors import OutputError
 from sharded_phema.export import Place, TensorFiles
-from sharded_phema.layout import Box, boxes_of_flat_range
-from sharded_phema.store import BoxTensor
+from sharded_phema.layout import boxes_of_flat_range
+from sharded_phema.store import BoxTensor, pieces_in
 from sharded_phema.tensorfile import torch_dtype
 from sharded_phema.world import agree, from_first, rank_and_size
 
@@ -97,13 +97,7 @@ def _boxes(folder: Path, place: Place, shape: tuple[int, ...], span: tuple[int, 
         shape=((stop - start) * dtype.itemsize,),
     )
     flat = torch.from_numpy(data).view(dtype)
-    return BoxTensor(shape, _cut(flat, boxes_of_flat_range(shape, start, stop)), flat)
-
-
-def _cut(flat: Tensor, boxes: Sequence[Box]) -> dict[torch.Size, Tensor]:
-    """What a flat range holds of each of its boxes, by offsets."""
-    pieces = torch.split(flat, [box.numel for box in boxes])
-    return {torch.Size(box.offsets): piece.view(box.sizes) for box, piece in zip(boxes, pieces, strict=True)}
+    return BoxTensor(shape, pieces_in(flat, boxes_of_flat_range(shape, start, stop)), flat)
 
 
 def _save(state: Mapping[str, Tensor], folder: Path) -> None:

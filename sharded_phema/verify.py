@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from sharded_phema.errors import StoreError
-from sharded_phema.folder import Folder, open_folder
+from sharded_phema.folder import Folder, is_there, open_folder
 from sharded_phema.folder.contract import is_name
 from sharded_phema.folder.temporary import writer_of
 from sharded_phema.store import Damaged, Run, Snapshot, check_claim, check_frozen, check_layout, check_session, open_run
@@ -156,7 +156,7 @@ def _never() -> bool:
 
 def _is_gone(snapshot: Snapshot) -> bool:
     """Whether a snapshot was removed meanwhile, as retention does while a run trains."""
-    return not any(entry.name == "snapshot.json" for entry in snapshot.root.list(snapshot.name))
+    return not is_there(snapshot.root, f"{snapshot.name}/snapshot.json")
 
 
 def _walk(folder: Folder, under: str) -> Iterator[tuple[str, int]]:

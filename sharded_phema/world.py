@@ -14,7 +14,17 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "broadcast", "from_first", "gather", "gather_to_first", "launch_rank", "launched", "rank_and_size"]
+__all__ = [
+    "agree",
+    "broadcast",
+    "from_first",
+    "gather",
+    "gather_to_first",
+    "launch_rank",
+    "launched",
+    "rank_and_size",
+    "tried",
+]
 
 T = TypeVar("T")
 
@@ -46,7 +56,7 @@ def agree(attempt: Callable[[], T]) -> T:
 
     A rank that raises alone leaves the others waiting in their next collective.
     """
-    value, error = _tried(attempt)
+    value, error = tried(attempt)
     failures = [failure for failure in gather(error) if failure is not None]
     if failures:
         raise failures[0]
@@ -55,7 +65,7 @@ def agree(attempt: Callable[[], T]) -> T:
 
 def from_first(attempt: Callable[[], T]) -> T:
     """Run ``attempt`` on rank 0 alone and give its result, or raise its failure, on every rank."""
-    outcome = [_tried(attempt) if rank_and_size()[0] == 0 else (None, None)]
+    outcome = [tried(attempt) if rank_and_size()[0] == 0 else (None, None)]
     if _grouped():
         dist.broadcast_object_list(outcome, src=0)
     value, error = outcome[0]
@@ -95,7 +105,8 @@ def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _tried(attempt: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def tried(attempt: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What an attempt gives and None, or None and why it failed."""
     try:
         return attempt(), None
     except Exception as error:

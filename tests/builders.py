@@ -246,6 +246,14 @@ def tensors_of(folder: Root) -> dict[str, torch.Tensor]:
     return found
 
 
+def lay(target: torch.Tensor, boxes: Sequence[Box], values: torch.Tensor) -> None:
+    """Write values, which are boxes end to end, into the whole tensor."""
+    start = 0
+    for box in boxes:
+        target[box.slices] = values.reshape(-1)[start : start + box.numel].view(box.sizes)
+        start += box.numel
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes."""
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from builders import lay
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
@@ -202,10 +203,7 @@ def assembled(ranks: list[list[Piece]]) -> dict[str, dict[str, Tensor]]:
     whole: dict[str, dict[str, Tensor]] = {}
     for label, name, shape, boxes, values in (piece for rank in ranks for piece in rank):
         target = whole.setdefault(label, {}).setdefault(name, torch.full(shape, torch.nan))
-        start = 0
-        for box in boxes:
-            assert target[box.slices].isnan().all()
-            target[box.slices] = values.reshape(-1)[start : start + box.numel].view(box.sizes).float()
-            start += box.numel
+        assert all(target[box.slices].isnan().all() for box in boxes)
+        lay(target, boxes, values)
     assert not any(value.isnan().any() for average in whole.values() for value in average.values())
     return whole

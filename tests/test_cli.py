@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file
 from torch import nn
 from typer.main import get_command
 
-from sharded_phema.cli import app, main
+from sharded_phema.cli import app
 from sharded_phema.posthoc import PostHocEMA
 
 COMMANDS = ["plan", "info", "reconstruct", "verify", "prune", "plot"]
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    """The command line within this process, which has paid for the imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", ["sharded-phema", *map(str, words)]),
-        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def launch(*words: object, ranks: int) -> subprocess.CompletedProcess[str]:

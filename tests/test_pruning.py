@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -16,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from commands import run
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 
 from sharded_phema import PostHocEMA, pruning, reconstruct
-from sharded_phema.cli import main
 from sharded_phema.errors import TargetError
 from sharded_phema.profile import Profile
 from sharded_phema.store import open_run
@@ -157,22 +153,6 @@ def test_a_wish_that_cannot_be_met_costs_no_snapshot(tmp_path, caplog) -> None:
     assert "were kept" in caplog.text and "3 bytes are less than the last snapshot takes" in caplog.text
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    """The command line within this process, which has paid for the imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", ["sharded-phema", *map(str, words)]),
-        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-
-
 def copied(root: Path, to: Path) -> Path:
     for name, data in listing(root).items():
         path = to / name
@@ -192,16 +172,16 @@ def listing(root: Path) -> dict[str, bytes | None]:
 def test_prune_shows_what_it_would_do_and_does_it_only_when_told(whole, tmp_path, limit) -> None:
     root = copied(whole, tmp_path / "ema")
     before = listing(root)
-    shown = command("prune", root, "0.06:0.20", *limit, "--json")
+    shown = run("prune", root, "0.06:0.20", *limit, "--json")
     assert shown.returncode == 0, shown.stderr
     plan = json.loads(shown.stdout)
     assert listing(root) == before and not plan["removed"]
     sizes = {s.where: s.size for s in open_run(root).snapshots}
     assert plan["bytes"] == sum(sizes[row["folder"]] for row in plan["snapshots"]) > 0
     assert plan["kept"] + len(plan["snapshots"]) == len(sizes) == 30
-    table = command("prune", root, "0.06:0.20", *limit)
+    table = run("prune", root, "0.06:0.20", *limit)
     assert "to free" in table.stdout and "give --yes" in table.stdout and listing(root) == before
-    done = command("prune", root, "0.06:0.20", *limit, "--yes", "--json")
+    done = run("prune", root, "0.06:0.20", *limit, "--yes", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == plan | {"removed": True}
     kept = {s.where: s.size for s in open_run(root).snapshots}
@@ -227,34 +207,34 @@ def test_prune_without_targets_removes_only_what_was_left_behind(whole, tmp_path
     (root / "snapshots" / "killed-000000").mkdir()
     (root / "snapshots" / "killed-000000" / "rank-00000.safetensors").write_bytes(b"x" * 77)
     before = times(root)
-    shown = command("prune", root)
+    shown = run("prune", root)
     assert "abandoned" in shown.stdout and "killed-000000" in shown.stdout and "116" in shown.stdout
-    done = json.loads(command("prune", root, "--yes", "--json").stdout)
+    done = json.loads(run("prune", root, "--yes", "--json").stdout)
     assert [row["kind"] for row in done["snapshots"]] == ["abandoned"] * 2
     assert done["unfinished"] == ["snapshots/killed-000000"] and done["targets"] == []
-    run = open_run(root)
-    assert times(root) == before and (run.abandoned, run.unfinished) == ((), ())
+    left = open_run(root)
+    assert times(root) == before and (left.abandoned, left.unfinished) == ((), ())
     assert not list((root / "claims").iterdir())
-    nothing = json.loads(command("prune", root, "--json").stdout)
-    assert nothing["bytes"] == 0 and "give --yes" not in command("prune", root).stdout
+    nothing = json.loads(run("prune", root, "--json").stdout)
+    assert nothing["bytes"] == 0 and "give --yes" not in run("prune", root).stdout
 
 
 def test_prune_refuses_while_a_process_may_be_training_and_to_guess_what_is_wanted(whole, tmp_path) -> None:
     root = copied(whole, tmp_path / "ema")
     ema = PostHocEMA(nn.Linear(20, 30, bias=False), root)
     before = listing(root)
-    refused = command("prune", root, "0.10", "--count", 3, "--yes")
+    refused = run("prune", root, "0.10", "--count", 3, "--yes")
     assert refused.returncode == 1 and f"process {os.getpid()} on" in refused.stderr
     assert "hint: wait until it closes" in refused.stderr
-    shown = command("prune", root, "0.10", "--count", 3)  # looking is allowed
+    shown = run("prune", root, "0.10", "--count", 3)  # looking is allowed
     assert shown.returncode == 0 and listing(root) == before
     for words in (["0.10"], ["--count", 3], ["0.10", "--count", 3, "--tolerance", 0.1], ["0.99", "--count", 3]):
-        wrong = command("prune", root, *words, "--yes")
+        wrong = run("prune", root, *words, "--yes")
         assert wrong.returncode == 1 and "error:" in wrong.stderr and "hint:" in wrong.stderr, words
-    assert command("prune", tmp_path / "nowhere").returncode == 1
-    assert command("prune").returncode == 2
+    assert run("prune", tmp_path / "nowhere").returncode == 1
+    assert run("prune").returncode == 2
     ema.resume()
     ema.close()
     assert listing(root).keys() - before.keys() == set()
-    assert command("prune", root, "0.10", "--count", 3, "--yes").returncode == 0
+    assert run("prune", root, "0.10", "--count", 3, "--yes").returncode == 0
     assert len(times(root)) == 3

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from allocations import Allocations
-from builders import unclaimed
+from builders import lay, unclaimed
 from models import Trainer, gathered, inputs, make_model, shard
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -51,10 +51,7 @@ def assembled(ranks: list[list[tuple[str, str, tuple, Tensor]]], like: nn.Module
     shapes = {name: param.shape for name, param in like.named_parameters()}
     whole: Averages = {}
     for label, name, boxes, values in (piece for rank in ranks for piece in rank):
-        target, start = whole.setdefault(label, {}).setdefault(name, torch.full(shapes[name], torch.nan)), 0
-        for box in boxes:
-            target[box.slices] = values.reshape(-1)[start : start + box.numel].view(box.sizes)
-            start += box.numel
+        lay(whole.setdefault(label, {}).setdefault(name, torch.full(shapes[name], torch.nan)), boxes, values)
     return whole
 
 

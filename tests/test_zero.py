@@ -16,7 +16,7 @@ if importlib.util.find_spec("deepspeed") is None and not os.environ.get("CI"):
     pytest.skip("DeepSpeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'", allow_module_level=True)
 
 import torch
-from builders import same_bits, tensors_of
+from builders import lay, same_bits, tensors_of
 from contract import check_contract, check_live
 from models import inputs
 from ranks import run_ranks
@@ -103,10 +103,7 @@ def assembled(ranks: list[list[tuple]]) -> dict[str, Tensor]:
     """Whole tensors from the pieces of all ranks, which must leave nothing out."""
     whole: dict[str, Tensor] = {}
     for name, shape, boxes, values in (piece for rank in ranks for piece in rank):
-        target, start = whole.setdefault(name, torch.full(shape, torch.nan)), 0
-        for box in boxes:
-            target[box.slices] = values.reshape(-1)[start : start + box.numel].view(box.sizes)
-            start += box.numel
+        lay(whole.setdefault(name, torch.full(shape, torch.nan)), boxes, values)
     assert not any(value.isnan().any() for value in whole.values())
     return whole
 

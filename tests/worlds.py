@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from builders import divisions
+from builders import divisions, lay
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -144,10 +144,7 @@ def laid_together(ranks: list[list[Piece]]) -> dict[str, Tensor]:
     """Whole tensors from the pieces of all ranks; elements that nobody holds are NaN."""
     tensors: dict[str, Tensor] = {}
     for name, shape, boxes, values in itertools.chain.from_iterable(ranks):
-        target, start = tensors.setdefault(name, torch.full(shape, torch.nan)), 0
-        for box in boxes:
-            target[box.slices] = values.reshape(-1)[start : start + box.numel].view(box.sizes)
-            start += box.numel
+        lay(tensors.setdefault(name, torch.full(shape, torch.nan)), boxes, values)
     return tensors
 
 

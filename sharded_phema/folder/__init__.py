@@ -10,7 +10,7 @@ from sharded_phema.folder.contract import Buffer, Entry, Folder, Want
 from sharded_phema.folder.flight import in_flight
 from sharded_phema.folder.local import LocalFolder
 
-__all__ = ["Buffer", "Entry", "Folder", "Want", "of_each", "open_folder", "read_each"]
+__all__ = ["Buffer", "Entry", "Folder", "Want", "is_there", "of_each", "open_folder", "read_each"]
 
 LOCAL = ("file://", "local://")
 
@@ -37,6 +37,12 @@ def open_folder(root: str | os.PathLike[str]) -> Folder:
     from sharded_phema.folder.remote import RemoteFolder
 
     return RemoteFolder(url)
+
+
+def is_there(folder: Folder, name: str) -> bool:
+    """Whether a folder holds a file or folder of that name."""
+    parent, _, base = name.rpartition("/")
+    return any(entry.name == base for entry in folder.list(parent))
 
 
 def read_each(folder: Folder, names: Sequence[str], limit: int) -> tuple[bytes, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sharded_phema.store.audit import check_claim, check_frozen, check_layout, check_session
-from sharded_phema.store.boxes import BoxTensor
+from sharded_phema.store.boxes import BoxTensor, pieces_in
 from sharded_phema.store.claims import Claim, check_unclaimed, claim_run
 from sharded_phema.store.cuts import Here, here, layout_record
 from sharded_phema.store.frozen import FrozenLayer, stored_frozen, write_frozen
@@ -46,6 +46,7 @@ __all__ = [
     "layout_id",
     "layout_record",
     "open_run",
+    "pieces_in",
     "remove_snapshot",
     "remove_unfinished",
     "remove_waste",

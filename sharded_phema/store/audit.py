@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sharded_phema.blocks import BlockFile
 from sharded_phema.errors import StoreError
-from sharded_phema.folder import Folder
+from sharded_phema.folder import Folder, is_there
 from sharded_phema.manifest import ClaimRecord, FrozenRecord, LayoutRecord, RunRecord, SessionRecord
 from sharded_phema.store import names
 from sharded_phema.store.cuts import Layout
@@ -24,7 +24,7 @@ def check_claim(folder: Folder, run: RunRecord, name: str) -> None:
     Raises:
         StoreError: It is not. One that was released meanwhile is none any more, and no fault.
     """
-    if not _is_there(folder, name):
+    if not is_there(folder, name):
         return
     record = read_record(ClaimRecord, folder, name)
     _check(folder, name, record.run == run.run and name == names.claim_file(record.number), "claim")
@@ -58,7 +58,7 @@ def check_session(folder: Folder, run: RunRecord, name: str) -> None:
     record = read_record(SessionRecord, folder, name)
     check_run(f"{folder.url}/{name}", run, record)
     parent = names.session_file(record.parent)
-    if record.parent and not _is_there(folder, parent):
+    if record.parent and not is_there(folder, parent):
         raise StoreError(
             f"{folder.url}/{name}: continues a session whose record is missing: {parent}",
             hint="restore that record from a backup; its snapshots cannot be read without it",
@@ -76,7 +76,7 @@ def check_frozen(run: Run, name: str) -> None:
     expected = names.frozen_files(record.session, record.number, record.rank)[1]
     _check(folder, name, record.run == run.record.run and name == expected, "store")
     session_file = names.session_file(record.session)
-    if not _is_there(folder, session_file):
+    if not is_there(folder, session_file):
         # The session was killed before its first snapshot: nothing tells what its ranks hold.
         tensors = names.frozen_files(record.session, record.number, record.rank)[0]
         BlockFile(folder, tensors, record.size, record.digests).check()
@@ -94,8 +94,3 @@ def _check(folder: Folder, name: str, fits: bool, what: str) -> None:
             f"{folder.url}/{name}: holds another {what} than the one that belongs there",
             hint="files were swapped or copied; restore the run folder",
         )
-
-
-def _is_there(folder: Folder, name: str) -> bool:
-    parent, _, base = name.rpartition("/")
-    return any(entry.name == base for entry in folder.list(parent))

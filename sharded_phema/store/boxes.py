@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from sharded_phema.errors import OrderError
-from sharded_phema.layout import ParamShard
+from sharded_phema.layout import Box, ParamShard
 
-__all__ = ["BoxTensor", "pieces_of"]
+__all__ = ["BoxTensor", "pieces_in", "pieces_of"]
 
 
 class BoxTensor(Tensor):
@@ -37,11 +37,7 @@ class BoxTensor(Tensor):
     @classmethod
     def of(cls, shard: ParamShard) -> BoxTensor:
         """The boxes of a shard; writing into them writes into ``shard.local``, which must be contiguous."""
-        pieces, start, flat = {}, 0, shard.local.view(-1)
-        for box in shard.boxes:
-            pieces[torch.Size(box.offsets)] = flat[start : start + box.numel].view(box.sizes)
-            start += box.numel
-        return cls(shard.global_shape, pieces, shard.local)
+        return cls(shard.global_shape, pieces_in(shard.local.view(-1), shard.boxes), shard.local)
 
     def __copy__(self) -> BoxTensor:
         return BoxTensor(tuple(self.shape), self.pieces, self)
@@ -95,8 +91,14 @@ class BoxTensor(Tensor):
         return self.pieces[index.offset]
 
 
+def pieces_in(flat: Tensor, boxes: Sequence[Box]) -> dict[torch.Size, Tensor]:
+    """What a flat tensor, which holds boxes end to end, has of each, by offsets: aliases."""
+    pieces = torch.split(flat, [box.numel for box in boxes]) if boxes else ()
+    return {torch.Size(box.offsets): piece.view(box.sizes) for box, piece in zip(boxes, pieces, strict=True)}
+
+
 def pieces_of(shard: ParamShard) -> dict[torch.Size, Tensor]:
     """What a shard of any strides holds of each of its boxes, by offsets, to be read only."""
     if len(shard.boxes) == 1:
         return {torch.Size(shard.boxes[0].offsets): shard.local.reshape(shard.boxes[0].sizes)}
-    return BoxTensor.of(replace(shard, local=shard.local.contiguous())).pieces
+    return pieces_in(shard.local.reshape(-1), shard.boxes)

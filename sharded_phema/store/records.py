@@ -5,7 +5,7 @@ from __future__ import annotations
 import xxhash
 
 from sharded_phema.errors import StoreError
-from sharded_phema.folder import Folder
+from sharded_phema.folder import Folder, is_there
 from sharded_phema.manifest import (
     FrozenRecord,
     LayoutRecord,
@@ -31,8 +31,8 @@ def write_record(folder: Folder, name: str, record: Record) -> None:
     Raises:
         StoreError: Another record lies there, or it cannot be written.
     """
-    text, (parent, _, base) = encode(record), name.rpartition("/")
-    if any(entry.name == base for entry in folder.list(parent)) and folder.read(name, MAX_BYTES) == text:
+    text = encode(record)
+    if is_there(folder, name) and folder.read(name, MAX_BYTES) == text:
         return
     folder.write(name, [text])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from sharded_phema.errors import StoreError
-from sharded_phema.folder import Entry, Folder, of_each, open_folder
+from sharded_phema.folder import Entry, Folder, is_there, of_each, open_folder
 from sharded_phema.manifest import RawTensor, RunRecord, SessionRecord, SnapshotRecord
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import names
@@ -94,7 +94,7 @@ class Run:
 
 def run_exists(root: str | os.PathLike[str] | Folder) -> bool:
     """Whether the folder holds a run's record."""
-    return any(entry.name == names.RUN for entry in _opened(root).list(""))
+    return is_there(_opened(root), names.RUN)
 
 
 def open_run(root: str | os.PathLike[str] | Folder) -> Run:
