@@ -12,13 +12,16 @@ from sharded_phema.errors import StoreError
 from sharded_phema.folder import Buffer, Folder, Want
 from sharded_phema.folder.contract import bytes_of
 
-__all__ = ["BLOCK_BYTES", "BlockFile", "Digester", "blocks_of"]
+__all__ = ["BLOCK_BYTES", "KEPT_BYTES", "BlockFile", "Digester", "blocks_of"]
 
 BLOCK_BYTES = 4 << 20
 """Bytes of a file that share a digest; its last block may be shorter."""
 
 KEPT = 16
-"""Blocks that stay in memory after they were checked, over all files (64 MiB)."""
+"""Blocks that stay in memory after they were checked, over all files."""
+
+KEPT_BYTES = KEPT * BLOCK_BYTES
+"""What they take (64 MiB)."""
 
 
 class Digester:
@@ -83,8 +86,7 @@ class BlockFile:
         Raises:
             StoreError: A block is damaged, or the file is missing, short, or cannot be read.
         """
-        if begin + len(out) > self.size:
-            raise self._too_short()
+        self.check_range(begin, len(out))
         while out:
             index = begin // BLOCK_BYTES
             part = out[: (index + 1) * BLOCK_BYTES - begin]
@@ -107,6 +109,29 @@ class BlockFile:
             f"{self.folder.url}: {self.name} is longer than the {self.size} bytes that its record says",
             hint="something was appended, or the file was swapped; restore it from a backup",
         )
+
+    def check_range(self, begin: int, length: int) -> None:
+        """Prove that the record knows of such bytes.
+
+        Raises:
+            StoreError: They lie outside of the file, or blocks there have no digests.
+        """
+        if begin + length > self.size or blocks_of(begin + length) > len(self.digests):
+            raise self._too_short()
+
+    def check_digest(self, index: int, found: bytes) -> None:
+        """Prove that a block is what was written, by its digest.
+
+        Raises:
+            StoreError: It is damaged.
+        """
+        if found.hex() != self.digests[index]:
+            first = index * BLOCK_BYTES
+            raise StoreError(
+                f"{self.folder.url}: {self.name} is damaged between bytes {first} and {first + self._length(index)}: "
+                f"expected digest {self.digests[index]}, found {found.hex()}",
+                hint="restore the file from a backup, or leave the snapshot out",
+            )
 
     def _fill_part(self, index: int, begin: int, part: memoryview) -> None:
         key = (self.folder.url, self.name, index, self.digests[index] if index < len(self.digests) else "")
@@ -145,12 +170,5 @@ class BlockFile:
         )
 
     def _prove(self, index: int, block: memoryview) -> None:
-        found = xxhash.xxh3_128_hexdigest(block)
-        if found != self.digests[index]:
-            first = index * BLOCK_BYTES
-            raise StoreError(
-                f"{self.folder.url}: {self.name} is damaged between bytes {first} and {first + len(block)}: "
-                f"expected digest {self.digests[index]}, found {found}",
-                hint="restore the file from a backup, or leave the snapshot out",
-            )
+        self.check_digest(index, xxhash.xxh3_128_digest(block))
         self._proven.add(index)

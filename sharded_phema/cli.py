@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from sharded_phema import __version__
 from sharded_phema.errors import PhemaError
@@ -115,26 +124,55 @@ def reconstruct(
         Literal["safetensors", "dcp"], typer.Option(help="dcp: a checkpoint of torch.distributed.checkpoint.")
     ] = "safetensors",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Limit of one file of safetensors.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Limit of one file of safetensors; none: one file.")] = "5GB",
+    like: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face model, whose configuration is copied beside.")
+    ] = None,
     tolerance: Tolerance = "auto",
     metric: Annotated[Metric, typer.Option(help="trajectory, density, or paper for its own procedure.")] = "trajectory",
     movement: Annotated[
         Literal["auto", "measured", "constant"],
         typer.Option(help="How fast weights moved when; auto: constant unless they all but stopped."),
     ] = "auto",
+    memory: Annotated[str, typer.Option(help="Limit of the buffers of one worker.")] = "1GiB",
+    precision: Annotated[Literal["float32", "float64"], typer.Option(help="What sums are made in.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where sums are made, such as cuda.")] = "cpu",
+    worker: Annotated[
+        int | None, typer.Option(help="Number of this process, from 0, of --workers started apart.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="How many processes started apart share the work.")] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(metavar="SNAPSHOT", help="Folder of a snapshot to do without.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse instead of leaving damaged snapshots out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier output, or another unfinished one.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Rebuild averages of any length from stored snapshots; under torchrun, each process its own part."""
+    """Rebuild averages of any length from stored snapshots; with several workers, each its own part.
+
+    Killed and called again alike, it goes on where it stopped.
+    """
     from sharded_phema.per_tensor import read_patterns
+    from sharded_phema.rebuild import preview
     from sharded_phema.rebuild import reconstruct as rebuild
-    from sharded_phema.tables import show_rebuilt
+    from sharded_phema.tables import show_prepared, show_rebuilt
     from sharded_phema.world import launched, rank_and_size
 
-    files: dict[str, Any] = {"out": out, "format": format, "dtype": dtype, "max_shard_size": max_shard_size}
+    wish: dict[str, Any] = {"out": out, "format": format, "dtype": dtype, "max_shard_size": max_shard_size}
+    wish |= {"like": like, "tolerance": _tolerance(tolerance), "metric": metric, "movement": movement}
+    wish |= {"memory": memory, "precision": precision, "device": device, "leave_out": leave_out or []}
+    wish |= {"strict": strict, "force": force}
     wanted: list[Any] = [*(targets or []), *(read_patterns(path) for path in per_tensor or [])]
     with launched():
-        wish: dict[str, Any] = {"tolerance": _tolerance(tolerance), "metric": metric, "movement": movement}
-        done = rebuild(run, wanted, progress=_bar, **wish, **files)
+        if dry_run:
+            prepared = preview(run, wanted, workers=workers, **wish)
+            if rank_and_size()[0] == 0:
+                show_prepared(prepared, as_json=json)
+            return
+        done = rebuild(run, wanted, worker=worker, workers=workers, progress=_byte_bar, **wish)
         if rank_and_size()[0] == 0:
             show_rebuilt(done, out, as_json=json)
 
@@ -221,10 +259,25 @@ def _tolerance(text: str) -> Any:
         raise typer.BadParameter(f"expected auto, exact or a number, found {text}", param_hint="--tolerance") from None
 
 
-def _bar(blocks: Iterable[Any], doing: str = "rebuilding", what: str = "blocks") -> Iterator[Any]:
+def _bar(steps: Iterable[Any], doing: str, what: str) -> Iterator[Any]:
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+    with _progress(*columns) as progress:
+        yield from progress.track(steps)
+
+
+def _byte_bar(sizes: Sequence[float], steps: Iterable[Any]) -> Iterator[Any]:
+    """A bar of the bytes that are read and written, with their rate."""
+    columns = (TextColumn("rebuilding"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _progress(*columns) as progress:
+        task = progress.add_task("", total=sum(sizes))
+        for size, step in zip(sizes, steps, strict=True):
+            progress.advance(task, size)
+            yield step
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    """On the terminal of the first process, and nowhere else."""
     from sharded_phema.world import rank_and_size
 
     console = Console(stderr=True)
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal or rank_and_size()[0] != 0) as progress:
-        yield from progress.track(blocks)
+    return Progress(*columns, console=console, disable=not console.is_terminal or rank_and_size()[0] != 0)

@@ -1,29 +1,19 @@
-"""Output folders: safetensors files laid out in advance, filled by several processes at once, committed last."""
+"""Output files: safetensors laid out in advance, so that several processes can fill them at once."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from sharded_phema.errors import OutputError
 from sharded_phema.manifest import Parameter, RawTensor
 from sharded_phema.tensorfile import DTYPES, header_of, torch_dtype
-from sharded_phema.world import agree, from_first, rank_and_size
 
-__all__ = ["Place", "TensorFiles", "byte_count", "staged", "tensor_files"]
+__all__ = ["Place", "TensorFiles", "byte_count", "tensor_files"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -62,55 +52,6 @@ class TensorFiles:
                 file.truncate(self.sizes[name])
         if self.index:
             (folder / "model.safetensors.index.json").write_text(self.index)
-
-    def write(self, folder: Path, parameter: Parameter, place: Place, start: int, values: NDArray) -> None:  # type: ignore[type-arg]
-        """Write elements of one flattened parameter, rounded to the dtype of its place.
-
-        Args:
-            folder: Where ``create`` made the files.
-            parameter: For messages.
-            place: The parameter's entry in ``places``.
-            start: First element.
-            values: Float array of shape (elements,).
-
-        Raises:
-            OutputError: A number does not fit the dtype.
-        """
-        numbers = torch.from_numpy(values).to(torch_dtype(place.dtype))
-        if not torch.isfinite(numbers).all():
-            raise _too_large(parameter.name, float(np.abs(values).max()), place.dtype)
-        _write(folder, place, start, numbers)
-
-    def write_raw(self, folder: Path, tensor: RawTensor, place: Place, start: int, values: Tensor) -> None:
-        """Write elements of one flattened tensor that was stored as it is; infinities stay what they are.
-
-        Args:
-            folder: Where ``create`` made the files.
-            tensor: For messages.
-            place: The tensor's entry in ``places``.
-            start: First element.
-            values: In the tensor's own dtype, of shape (elements,).
-
-        Raises:
-            OutputError: A finite number does not fit another dtype.
-        """
-        numbers = values.to(torch_dtype(place.dtype))
-        if numbers is not values and bool((infinite := numbers.isinf() & values.isfinite()).any()):
-            raise _too_large(tensor.name, float(values[infinite].abs().max()), place.dtype)
-        _write(folder, place, start, numbers)
-
-
-def _write(folder: Path, place: Place, start: int, numbers: Tensor) -> None:
-    with (folder / place.file).open("r+b") as file:
-        file.seek(place.begin + start * numbers.element_size())
-        file.write(numbers.view(torch.uint8).numpy().data)
-
-
-def _too_large(name: str, magnitude: float, dtype: str) -> OutputError:
-    return OutputError(
-        f"{name}: its largest magnitude {magnitude:.3g} does not fit {dtype}",
-        hint="write float32 or bfloat16, or look for non-finite weights in training",
-    )
 
 
 def tensor_files(
@@ -174,71 +115,6 @@ def _file_names(count: int) -> list[str]:
 
 def _index(weight_map: Mapping[str, str], total: int) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-
-
-@contextmanager
-def staged(out: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when every process filled its part, and vanishes otherwise.
-
-    Collective. Rank 0 makes the folder beside ``out`` under a name of its own.
-
-    Args:
-        out: Final folder; must not exist, or be empty.
-        create: Fills the new folder with whatever all processes expect there; runs on rank 0.
-
-    Raises:
-        OutputError: ``out`` is taken or cannot be made; the failure of any process is raised on all.
-    """
-    stage = from_first(lambda: _make_stage(out, create))
-    done: list[Exception] = []
-    try:
-        try:
-            yield stage
-        except Exception as error:
-            done.append(error)
-        agree(lambda: _raise_any(done))
-        from_first(lambda: _commit(stage, out))
-    except BaseException:
-        if rank_and_size()[0] == 0:
-            shutil.rmtree(stage, ignore_errors=True)
-        raise
-
-
-def _make_stage(out: Path, create: Callable[[Path], None]) -> Path:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(
-            f"{out} exists and is not an empty folder; nothing is ever overwritten", hint="give --out another folder"
-        )
-    stage = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        stage.mkdir(parents=True)
-        create(stage)
-    except BaseException as error:
-        shutil.rmtree(stage, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _not_made(out, error) from error
-        raise
-    return stage
-
-
-def _commit(stage: Path, out: Path) -> None:
-    for path in sorted(stage.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    try:
-        stage.rename(out)
-    except OSError as error:
-        raise _not_made(out, error) from error
-
-
-def _not_made(out: Path, error: OSError) -> OutputError:
-    return OutputError(f"{out} cannot be made: {error}", hint="check free space and permissions")
-
-
-def _raise_any(errors: Sequence[Exception]) -> None:
-    for error in errors:
-        raise error
 
 
 def byte_count(text: str | int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -35,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def convert(stage: Path, slugs: Sequence[str], shapes: Shapes, files: TensorFiles) -> None:
-    """Turn rebuilt tensors into one checkpoint a target, and remove them. Collective.
+    """Turn rebuilt tensors into one checkpoint a target. Collective; it can be done again.
 
     Each process writes about the same number of elements, one box of a tensor after another, so that it never
     holds more than the largest of them.
@@ -58,11 +57,16 @@ def convert(stage: Path, slugs: Sequence[str], shapes: Shapes, files: TensorFile
             for (name, shape), place, span in zip(shapes.items(), files.places, mine, strict=True)
             if span is not None
         }
+        from_first(partial(_clear, stage / slug))
         _save(state, stage / slug)
         del state
         agree(lambda: None)  # nobody reads the draft any more
-        from_first(partial(shutil.rmtree, drafts))
-    from_first(lambda: (stage / DRAFTS).rmdir())
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a conversion that was killed left behind."""
+    for path in [*folder.glob("*.distcp"), *folder.glob(".metadata*")]:
+        path.unlink()
 
 
 def shares(numels: Sequence[int], rank: int, size: int) -> Iterator[tuple[int, int] | None]:

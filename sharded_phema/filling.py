@@ -1,16 +1,21 @@
-"""Filling: an average that no rank tracks, rebuilt from the run's snapshots into each rank's own shards."""
+"""Filling: averages rebuilt from a run's snapshots into each rank's own live shards, without a gather."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
 
 from sharded_phema.errors import OrderError
+from sharded_phema.feed import Feed
 from sharded_phema.layout import ShardLayout
 from sharded_phema.losses import Losses, leaving_out
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild
-from sharded_phema.store import Run
-from sharded_phema.sums import fill_shards
+from sharded_phema.store import Piece, Run
+from sharded_phema.sums import STRIP, Job, Precision, Sums, one_thread, strips
 from sharded_phema.world import agree, from_first
 
 __all__ = ["one_of", "rebuilt_filler"]
@@ -49,6 +54,61 @@ def rebuilt_filler(
 
     plan = planned(run)
     return lambda: leaving_out(plan, planned, fill)
+
+
+@torch.no_grad()
+def fill_shards(plan: Plan, shards: ShardLayout, losses: Losses, precision: Precision = "float32") -> None:
+    """Write the first output of a plan into local shards, rounded to their dtype. Reads only their boxes.
+
+    Where this fails, some shards may have been written.
+
+    Args:
+        plan: What to rebuild.
+        shards: One for each parameter of the run, in its order.
+        losses: Told which snapshot cannot be read.
+        precision: What sums are made in.
+
+    Raises:
+        StoreError: A snapshot is damaged or cannot be read.
+    """
+    feed = Feed(losses)
+    flats = [_flat(shard.local) for shard in shards]
+    shapes, choice = [shard.global_shape for shard in shards], plan.outputs[0].choice
+    with one_thread():
+        sums = Sums(plan, feed, STRIP, precision)
+        jobs = (
+            Job((target,), strip)
+            for target, chosen in groupby(range(len(shards)), lambda index: choice[index])
+            for strip in strips((Piece.of(i, b, shapes[i]) for i in chosen for b in shards[i].boxes), sums.strip)
+        )
+        slots = _Slots(flats)
+        try:
+            for job, values in sums.over(jobs):
+                slots.put(job.pieces, values[0])
+            feed.finish()
+        finally:
+            feed.close()
+    for shard, flat in zip(shards, flats, strict=True):
+        if flat.data_ptr() != shard.local.data_ptr():
+            shard.local.copy_(flat.view(shard.local.shape))
+
+
+def _flat(local: Tensor) -> Tensor:
+    """A shard as one run of elements: an alias where it lies so."""
+    return local.view(-1) if local.is_contiguous() else torch.empty_like(local).reshape(-1)
+
+
+class _Slots:
+    """Puts pieces, which come in the order of the shards and of their boxes, where they belong."""
+
+    def __init__(self, flats: Sequence[Tensor]) -> None:
+        self._flats, self._filled = flats, [0] * len(flats)
+
+    def put(self, pieces: Sequence[Piece], values: Tensor) -> None:
+        for piece, numbers in zip(pieces, torch.split(values, [piece.numel for piece in pieces]), strict=True):
+            start = self._filled[piece.parameter]
+            self._flats[piece.parameter][start : start + piece.numel].copy_(numbers)
+            self._filled[piece.parameter] = start + piece.numel
 
 
 def one_of(target: Wanted | None, sigma_rel: float | None) -> Wanted:

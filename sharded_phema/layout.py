@@ -21,6 +21,7 @@ __all__ = [
     "cut",
     "flattened",
     "intersection",
+    "rows_around",
     "tally",
     "whole",
 ]
@@ -138,6 +139,15 @@ def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> tuple[Bo
     closing = _inside_row(shape, last, 0, stop - last * row)
     full_rows = Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
     return (*opening, *((full_rows,) if first < last else ()), *closing)
+
+
+def rows_around(shape: Sequence[int], start: int, stop: int) -> Box:
+    """The whole rows of a tensor in which the elements ``[start, stop)`` of it, flattened, lie."""
+    if not shape:
+        return Box((), ())
+    row = max(math.prod(shape[1:]), 1)
+    first, last = start // row, -(-stop // row)
+    return Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
 
 
 def cut(boxes: Sequence[Box], start: int, stop: int) -> tuple[Box, ...]:

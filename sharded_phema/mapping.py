@@ -13,7 +13,7 @@ from sharded_phema.replicas import Shared, settled, shared_out
 from sharded_phema.scope import scope_of
 from sharded_phema.world import agree
 
-__all__ = ["MappedModel", "map_model"]
+__all__ = ["MappedModel", "held_by", "map_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,28 @@ def map_model(
         ModelMismatch: The ranks hold different models.
         TargetError: A pattern matches nothing, or ``buffers`` is not known.
     """
-    backend, layout = agree(lambda: _held(model, optimizer))
-    check_same_layout(layout)
-    layout = settled(layout)
+    backend, layout = held_by(model, optimizer)
     scope = agree(lambda: scope_of(layout, include, exclude, buffers))
     averaged, shared = shared_out(scope.averaged)
     copied, frozen = shared_out(scope.copied)[0], shared_out(scope.frozen)[0]
     return MappedModel(averaged, copied, frozen, shared, backend, model, optimizer)
+
+
+def held_by(model: Any, optimizer: Any, *, alike: bool = True) -> tuple[Backend, ShardLayout]:
+    """Who shards a model, and this rank's pieces of all its tensors. Collective.
+
+    Args:
+        model: As ``PostHocEMA`` takes it.
+        optimizer: The same.
+        alike: Whether replicas must hold the same values.
+
+    Raises:
+        UnsupportedModel: A parameter cannot be mapped, or its replicas have different values.
+        ModelMismatch: The ranks hold different models.
+    """
+    backend, layout = agree(lambda: _held(model, optimizer))
+    check_same_layout(layout)
+    return backend, settled(layout, alike=alike)
 
 
 def _held(model: Any, optimizer: Any) -> tuple[Backend, ShardLayout]:

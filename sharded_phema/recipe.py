@@ -22,7 +22,7 @@ from sharded_phema.source import MovementWish, Source, movement_in, noise_of, so
 from sharded_phema.store import Damaged, Run, snapshot_folder
 from sharded_phema.target import Target
 
-__all__ = ["Plan", "PlannedOutput", "PlannedTarget", "plan_rebuild", "recipe_text"]
+__all__ = ["Plan", "PlannedOutput", "PlannedTarget", "Summary", "plan_rebuild", "recipe_text"]
 
 Array = NDArray[np.float64]
 Solution = tuple[tuple["PlannedTarget", ...], tuple["PlannedOutput", ...], Array]
@@ -51,6 +51,25 @@ class PlannedOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Summary:
+    """What carrying a plan out moved.
+
+    Attributes:
+        read: Bytes of tensor files, over all workers; those of this call.
+        written: Bytes of outputs.
+        seconds: From the first look at the run to the last byte.
+        workers: How many shared the work.
+        finished: Whether the output is there. It is not while other workers, started apart, are still at it.
+    """
+
+    read: int
+    written: int
+    seconds: float
+    workers: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a reconstruction reads, and with which weights.
 
@@ -60,6 +79,7 @@ class Plan:
         outputs: The models that are written.
         sources: Every stored average that some target uses, in order of time.
         coefficients: Weight of each source in each target, float64 of shape (sources, targets).
+        summary: What carrying it out moved; None before.
     """
 
     run: Run
@@ -67,6 +87,7 @@ class Plan:
     outputs: tuple[PlannedOutput, ...]
     sources: tuple[Source, ...]
     coefficients: Array = field(repr=False)
+    summary: Summary | None = None
 
     @property
     def left_out(self) -> tuple[Damaged, ...]:

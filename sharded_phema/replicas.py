@@ -26,18 +26,23 @@ Facts = NDArray[np.uint64]
 _BOXES, _COUNT, _TALLY, _STRIDED = range(4)
 
 
-def settled(layout: ShardLayout) -> ShardLayout:
+def settled(layout: ShardLayout, *, alike: bool = True) -> ShardLayout:
     """The layout with every shard's replica number, once the ranks are proved to fit together. Collective.
 
     Ranks that hold the same boxes of a tensor are its replicas, whatever made them so (replicated mesh axes,
     sub-meshes, DistributedDataParallel); the lowest of them is replica 0.
+
+    Args:
+        layout: Of this rank.
+        alike: Whether replicas must hold the same values.
 
     Raises:
         UnsupportedModel: Elements are missing or held in two ways, or replicas hold different values.
     """
     everyone = np.stack(gather(agree(lambda: facts_of(layout))))
     layout = numbered(layout, everyone, rank_and_size()[0])
-    check_values(layout, everyone, np.stack(gather(agree(lambda: values_of(layout)))))
+    if alike:
+        check_values(layout, everyone, np.stack(gather(agree(lambda: values_of(layout)))))
     return layout
 
 

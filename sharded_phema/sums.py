@@ -1,128 +1,231 @@
-"""Sums: weighted sums of stored averages, a block of elements at a time, in buffers that are made once."""
+"""Sums: weighted sums of stored averages, a strip of elements at a time, in buffers that are made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from sharded_phema.folder import of_each
-from sharded_phema.layout import Box, ParamShard, cut, flattened
-from sharded_phema.losses import Losses
+from sharded_phema.blocks import KEPT_BYTES
+from sharded_phema.errors import TargetError
+from sharded_phema.feed import Feed
+from sharded_phema.folder import is_local
 from sharded_phema.recipe import Plan
 from sharded_phema.source import Source
+from sharded_phema.store import Piece
 
-__all__ = ["BLOCK", "GROUP", "Sums", "fill_shards", "one_thread"]
+__all__ = ["GROUP", "STRIP", "Job", "Precision", "Sums", "one_thread", "strip_of", "strips"]
 
-BLOCK = 1 << 17
-"""Elements that are summed at a time."""
+STRIP = 1 << 17
+"""Elements that are summed at a time: a strip of one average (512 KiB) is hashed and summed while caches hold it."""
+
+REMOTE_STRIP = 1 << 20
+"""The same where every range costs a request over a network."""
+
+LEAST_STRIP = 1 << 12
+
+PAD = 256
+"""Columns of every product that nobody asks for: kernels sum the last few, which fill no whole register, otherwise."""
 
 GROUP = 16
-"""Stored averages that are summed in one matrix product; a block of each is held at a time (24 MiB in all)."""
+"""Stored averages that are summed in one matrix product, a strip of each, while another of each is read (16 MiB)."""
 
-Fill = Callable[[Source, NDArray[np.float32]], None]
-"""Fills a contiguous array with the elements of a block of one stored average."""
+Precision = Literal["float32", "float64"]
+"""What sums are made in."""
+
+Pieces = tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """Some targets: their sources in groups, and the weights of each group, (targets, sources)."""
+
+    groups: tuple[tuple[Source, ...], ...]
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A strip that is wanted.
+
+    Attributes:
+        targets: Indices into the plan's targets.
+        pieces: Its elements, end to end; at most as many as a strip has.
+        last: Whether it is the last one of a block.
+    """
+
+    targets: tuple[int, ...]
+    pieces: Pieces
+    last: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return sum(piece.numel for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A group of sources of a strip: what is read, and then added, at once; ``turn`` says into which buffer."""
+
+    job: Job
+    group: tuple[Source, ...]
+    weights: Tensor
+    turn: int
+    first: bool
+    last: bool
 
 
 class Sums:
-    """Rebuilds blocks in buffers that are made once: fresh ones would cost more than the arithmetic.
+    """Rebuilds strips in buffers that are made once: fresh ones would cost more than the arithmetic.
 
-    A block is a matrix product in float64 over GROUP sources at a time. Blocks, groups and their order
-    are the same however the work was divided, and so is every element, bit for bit. ``fill`` may be called from several
-    threads, each with a snapshot of its own.
+    A strip is a matrix product over GROUP sources at a time, in their order of time. Every product has the
+    full width of a strip and some more, whatever is wanted of it, so that each element goes through the same
+    operations wherever it lies, and comes out the same, bit for bit, however the work was divided.
+
+    Args:
+        plan: What to rebuild.
+        feed: Reads the sources.
+        strip: Elements that are summed at a time.
+        precision: What products and sums are made in.
+        device: Where they are made.
+
+    Raises:
+        TargetError: The device cannot be used.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._read = torch.empty(GROUP, BLOCK, dtype=torch.float32)
-        self._values = torch.empty(GROUP, BLOCK, dtype=torch.float64)
-        self._sums = torch.empty(len(plan.targets), BLOCK, dtype=torch.float64)
+    def __init__(
+        self, plan: Plan, feed: Feed, strip: int = STRIP, precision: Precision = "float32", device: str = "cpu"
+    ) -> None:
+        self._plan, self._feed, self.strip = plan, feed, strip
+        self._dtype, self._device = getattr(torch, precision), _usable(device)
+        rows, wide, local = min(GROUP, len(plan.sources)), strip + PAD, self._device.type == "cpu"
+        # Zeros, since what is left over of an earlier strip is multiplied too.
+        self._read = torch.zeros(2, rows, wide, pin_memory=not local)
+        as_read = local and precision == "float32"
+        self._values = None if as_read else torch.zeros(rows, wide, dtype=self._dtype, device=self._device)
+        self._sums = torch.empty(len(plan.targets), wide, dtype=self._dtype, device=self._device)
+        self._mixes: dict[tuple[int, ...], _Mix] = {}
 
-    def __call__(self, targets: Sequence[int], size: int, fill: Fill) -> NDArray[np.float64]:
-        """A block of some targets, (targets, size), valid until the next call.
+    def over(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Tensor]]:
+        """Strips, each with its sums, (targets, elements), on the CPU, valid until the next one is asked for.
 
-        Args:
-            targets: Indices into the plan's targets.
-            size: Elements of the block, at most BLOCK.
-            fill: Reads the block from a source.
+        The next sources are read and checked, by a thread, while those that were read are summed.
+
+        Raises:
+            StoreError: A source cannot be read, or was damaged before.
         """
-        weights = self._plan.coefficients[:, targets]
-        used = np.flatnonzero(weights.any(axis=1))
-        sums = self._sums[: len(targets), :size].zero_()
-        for first in range(0, len(used), GROUP):
-            group = used[first : first + GROUP]
-            values = self._values[: len(group), :size]
-            values.copy_(self._filled([self._plan.sources[i] for i in group], size, fill))
-            sums.addmm_(torch.from_numpy(weights[group].T.copy()), values)
-        return sums.numpy()
+        steps = self._steps(jobs)
+        with ThreadPoolExecutor(1, "sharded_phema_reader") as reader:
+            step = next(steps, None)
+            read = reader.submit(self._fill, step) if step else None
+            while step and read:
+                following = next(steps, None)
+                read.result()
+                read = reader.submit(self._fill, following) if following else None
+                self._add(step)
+                if step.last:
+                    yield step.job, self._sums[: len(step.job.targets), : step.job.numel].cpu()
+                step = following
 
-    def _filled(self, sources: Sequence[Source], size: int, fill: Fill) -> Tensor:
-        """The block of each source, (sources, size). Remote snapshots are all asked at once."""
-        rows = self._read[: len(sources), :size]
-        # One thread a snapshot: its averages lie in the same files, and may lie in the same blocks of them.
-        shelves: dict[str, list[int]] = {}
-        for row, source in enumerate(sources):
-            shelves.setdefault(source.snapshot.name, []).append(row)
+    def _steps(self, jobs: Iterable[Job]) -> Iterator[_Step]:
+        turn = 0
+        for job in jobs:
+            mix = self._mix(job.targets)
+            for number, (group, weights) in enumerate(zip(mix.groups, mix.weights, strict=True)):
+                yield _Step(job, group, weights, turn, number == 0, number + 1 == len(mix.groups))
+                turn = 1 - turn
 
-        def read(shelf: Sequence[int]) -> None:
-            for row in shelf:
-                fill(sources[row], rows[row].numpy())
+    def _fill(self, step: _Step) -> None:
+        rows = self._read[step.turn, : len(step.group), : step.job.numel]
+        self._feed.fill(step.group, step.job.pieces, [*rows.numpy()])
 
-        of_each(self._plan.run.root, read, [*shelves.values()])
-        return rows
+    def _add(self, step: _Step) -> None:
+        sums, values = self._sums[: len(step.job.targets)], self._read[step.turn, : len(step.group)]
+        if self._values is not None:
+            values = self._values[: len(step.group)].copy_(values)
+        if step.first:
+            torch.mm(step.weights, values, out=sums)
+        else:
+            sums.addmm_(step.weights, values)
+
+    def _mix(self, targets: tuple[int, ...]) -> _Mix:
+        if targets not in self._mixes:
+            weights = self._plan.coefficients[:, list(targets)]
+            used = np.flatnonzero(weights.any(axis=1))
+            groups = [used[first : first + GROUP] for first in range(0, len(used), GROUP)]
+            self._mixes[targets] = _Mix(
+                tuple(tuple(self._plan.sources[i] for i in group) for group in groups),
+                tuple(torch.from_numpy(weights[group].T.copy()).to(self._device, self._dtype) for group in groups),
+            )
+        return self._mixes[targets]
+
+
+def strips(pieces: Iterable[Piece], length: int) -> Iterator[Pieces]:
+    """Pieces cut into strips of so many elements, the last one shorter."""
+    strip: list[Piece] = []
+    room = length
+    for piece in pieces:
+        start = 0
+        while start < piece.numel:
+            stop = min(start + room, piece.numel)
+            strip += piece.cut(start, stop)
+            room, start = room - (stop - start), stop
+            if not room:
+                yield tuple(strip)
+                strip, room = [], length
+    if strip:
+        yield tuple(strip)
+
+
+def strip_of(plan: Plan, memory: int, precision: Precision = "float32") -> tuple[int, int]:
+    """How many elements to sum at a time so that all buffers fit, and the bytes that these take.
+
+    Args:
+        plan: What to rebuild.
+        memory: Bytes that one worker may use.
+        precision: What sums are made in.
+
+    Raises:
+        TargetError: Not even the least strip fits.
+    """
+    wide, rows = (4 if precision == "float32" else 8), min(GROUP, len(plan.sources))
+    # Beside rows and sums: sums as they are rounded, and what checks and conversions make of one row.
+    element = rows * (8 if wide == 4 else 16) + len(plan.targets) * wide + 4 * 4
+    strip = STRIP if is_local(plan.run.root) else REMOTE_STRIP
+    while (strip + PAD) * element + KEPT_BYTES > memory and strip > LEAST_STRIP:
+        strip //= 2
+    if (needed := (strip + PAD) * element + KEPT_BYTES) > memory:
+        raise TargetError(
+            f"memory: {len(plan.targets)} targets need at least {needed} bytes a worker, found a limit of {memory}",
+            hint="raise --memory, or rebuild fewer targets at a time",
+        )
+    return strip, needed
+
+
+def _usable(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise TargetError(f"device: {device!r} cannot be used: {error}", hint="leave it out for the CPU") from error
+    return found
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Matrix products that do not depend on how many threads shared them; processes share the work instead."""
-    threads = torch.get_num_threads()
+    threads, fast = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False  # it would round each factor to 10 bits
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def fill_shards(plan: Plan, shards: Sequence[ParamShard], losses: Losses) -> None:
-    """Write the first output of a plan into local shards, rounded to their dtype. Reads only their boxes.
-
-    Args:
-        plan: What to rebuild.
-        shards: One for each parameter of the run, in its order.
-        losses: Told which snapshot cannot be read.
-    """
-    with one_thread():
-        _fill(Sums(plan), plan.outputs[0].choice, shards, losses)
-
-
-def _fill(sums: Sums, choice: Sequence[int], shards: Sequence[ParamShard], losses: Losses) -> None:
-    for parameter, (shard, target) in enumerate(zip(shards, choice, strict=True)):
-        contiguous = shard.local.is_contiguous()
-        flat = shard.local.view(-1) if contiguous else torch.empty_like(shard.local).reshape(-1)
-        for start in range(0, flat.numel(), BLOCK):
-            stop = min(start + BLOCK, flat.numel())
-            boxes = cut(shard.boxes, start, stop)
-            values = sums([target], stop - start, partial(_read, losses, parameter, boxes))
-            flat[start:stop].copy_(torch.from_numpy(values[0]))
-        if not contiguous:
-            shard.local.copy_(flat.view(shard.local.shape))
-
-
-def _read(losses: Losses, parameter: int, boxes: Sequence[Box], source: Source, out: NDArray[np.float32]) -> None:
-    """Fill an array with boxes of one parameter of a stored average, end to end."""
-    snapshot, start = source.snapshot, 0
-    shape = snapshot.record.parameters[parameter].shape
-    with losses.reading(snapshot):
-        for box in boxes:
-            part = out[start : start + box.numel]
-            if (run := flattened(box, shape)) is not None:
-                snapshot.fill_flat(source.average, parameter, run.offsets[0], part)
-            else:
-                part[:] = snapshot.read_box(source.average, parameter, box).reshape(-1)
-            start += box.numel
+        torch.backends.cuda.matmul.allow_tf32 = fast

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from sharded_phema.layout import ShardLayout
 from sharded_phema.replicas import Shared, spread
 
-__all__ = ["weights_swapped"]
+__all__ = ["Own", "weights_swapped"]
 
 
 @contextmanager
@@ -32,25 +31,36 @@ def weights_swapped(
         publish: Makes the next forward use what was written.
         offload: Keep the model's own weights on the CPU meanwhile, rather than beside the shards.
     """
-    # What all ranks hold is saved whole, so that a rank puts it back alone: the others may be elsewhere after an error.
-    parts = {tensor.name for tensor in shared}
-    touched = [tensor.local for tensor in shared] + [shard.local for shard in layout if shard.name not in parts]
-    saved = [_copied(local, offload) for local in touched]
+    own = Own(layout, shared, offload=offload)
     try:
         fill()
         spread(shared)
         publish()
         yield
     finally:
-        _put_back(touched, saved)
+        own.put_back()
         publish()
 
 
-def _copied(local: Tensor, offload: bool) -> Tensor:
-    return local.to("cpu", copy=True) if offload else local.clone()
+class Own:
+    """A copy of a model's own weights, which are overwritten meanwhile.
 
+    What all ranks hold is copied whole, so that a rank puts it back alone: the others may be elsewhere after an error.
 
-@torch.no_grad()
-def _put_back(touched: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    for local, value in zip(touched, saved, strict=True):
-        local.copy_(value)
+    Args:
+        layout: Live local shards.
+        shared: The parameters of which every rank has a part in the layout, and holds the whole.
+        offload: Keep the copy on the CPU, rather than beside the shards.
+    """
+
+    def __init__(self, layout: ShardLayout, shared: Sequence[Shared], *, offload: bool) -> None:
+        parts = {tensor.name for tensor in shared}
+        self._live = [tensor.local for tensor in shared] + [s.local for s in layout if s.name not in parts]
+        with torch.no_grad():
+            self._copies = [t.to("cpu", copy=True) if offload else t.clone() for t in self._live]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the copy back. Called by each rank alone."""
+        for live, copy in zip(self._live, self._copies, strict=True):
+            live.copy_(copy)

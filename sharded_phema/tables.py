@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from sharded_phema.forecast import Outlook
+from sharded_phema.prepare import Prepared
 from sharded_phema.pruning import Pruning
 from sharded_phema.recipe import Plan, PlannedTarget
 from sharded_phema.recommend import Recommendation
@@ -21,7 +24,7 @@ from sharded_phema.target import Target, parse_target
 from sharded_phema.verify import Report
 from sharded_phema.width import sigma_rel_of
 
-__all__ = ["show_info", "show_outlooks", "show_pruning", "show_rebuilt", "show_report", "size_text"]
+__all__ = ["show_info", "show_outlooks", "show_prepared", "show_pruning", "show_rebuilt", "show_report", "size_text"]
 
 
 def size_text(size: float) -> str:
@@ -112,27 +115,95 @@ def _recommended(plans: Sequence[Recommendation]) -> Table:
     return table
 
 
+def show_prepared(prepared: Prepared, *, as_json: bool) -> None:
+    """What a reconstruction would read and write, and which worker which of it; on stderr, what is left out."""
+    plan, division = prepared.plan, prepared.division
+    if plan.left_out:
+        _show_left_out(plan)
+    columns = ("worker", "first_block", "blocks", "bytes_to_read", "bytes_to_write")
+    rows = [
+        (number, share.start, len(share), _total(division.read, share), _total(division.written, share))
+        for number, share in enumerate(division.shares)
+    ]
+    facts = {
+        "bytes_to_read": sum(row[3] for row in rows),
+        "bytes_to_write": sum(row[4] for row in rows),
+        "memory": prepared.memory,
+    }
+    if as_json:
+        workers = [dict(zip(columns, row, strict=True)) for row in rows]
+        _print_json(facts | {"sources": _sources(plan), **_targets(plan, str(prepared.wish.out)), "workers": workers})
+        return
+    sources = Table(plan.run.record.unit, "average", *(t.target.text for t in plan.targets), title="coefficients")
+    for source in _sources(plan):
+        weights = (f"{c:.4g}" if c else "" for c in source["coefficients"])
+        sources.add_row(f"{source['t']:.17g}", source["average"], *weights)
+    sharing = Table(
+        *(column.replace("_", " ") for column in columns),
+        title=f"{size_text(facts['bytes_to_read'])} to read, {size_text(facts['bytes_to_write'])} to write, "
+        f"{size_text(prepared.memory)} of buffers a worker",
+    )
+    for number, first, count, read, written in rows:
+        sharing.add_row(str(number), str(first), str(count), size_text(read), size_text(written))
+    title = f"to rebuild from {len(plan.sources)} stored averages"
+    _print(_target_table(plan, str(prepared.wish.out), title), sources, sharing)
+
+
+def _total(sizes: NDArray[np.float64], share: range) -> int:
+    return int(sizes[share.start : share.stop].sum())
+
+
+def _sources(plan: Plan) -> list[dict[str, Any]]:
+    """Each source: its time, its average, and its weight in each target."""
+    averages = plan.run.record.averages
+    return [
+        {"t": source.snapshot.t, "average": averages[source.average], "coefficients": row}
+        for source, row in zip(plan.sources, plan.coefficients.tolist(), strict=True)
+    ]
+
+
 def show_rebuilt(plan: Plan, out: str, *, as_json: bool) -> None:
     """What was rebuilt, with which forecast; on stderr, which damaged snapshots were left out, and what that costs."""
     if plan.left_out:
         _show_left_out(plan)
+    done = plan.summary
+    if as_json:
+        moved = {} if done is None else asdict(done)
+        _print_json({"sources": len(plan.sources), "bytes_read": plan.bytes_to_read, **moved, **_targets(plan, out)})
+        return
+    title = f"rebuilt from {len(plan.sources)} stored averages, {size_text(plan.bytes_to_read)} read"
+    _print(_target_table(plan, out, title))
+    if done:
+        rate = size_text((done.read + done.written) / max(done.seconds, 1e-9))
+        with_ = f"{done.workers} workers" if done.workers > 1 else "1 worker"
+        moved_text = f"{size_text(done.read)} read, {size_text(done.written)} written"
+        print(f"{moved_text} in {done.seconds:.3g} s by {with_}: {rate}/s")
+        if not done.finished:
+            print(f"This worker is done; {out} appears when all are.")
+
+
+def _targets(plan: Plan, out: str) -> dict[str, Any]:
+    """What is rebuilt, and what is left out, for machines."""
     keys = ("target", "t", "forecast", "fit_part", "rounding_part", "noise_gain", "folder")
-    rows = [
+    found: dict[str, Any] = {"targets": [dict(zip(keys, row, strict=True)) for row in _target_rows(plan, out)]}
+    if plan.left_out:
+        found["left_out"] = [{"snapshot": lost.name, "reason": lost.reason} for lost in plan.left_out]
+    return found
+
+
+def _target_table(plan: Plan, out: str, title: str) -> Table:
+    columns = ("target", plan.run.record.unit, "forecast error", "of the fit", "of rounding", "sum of |c|", "folder")
+    table = Table(*columns, title=title)
+    for text, t, error, fit, rounding, gain, folder in _target_rows(plan, out):
+        table.add_row(text, f"{t:.17g}", _error(error), f"{fit:.1e}", f"{rounding:.1e}", f"{gain:.3g}", folder)
+    return table
+
+
+def _target_rows(plan: Plan, out: str) -> list[tuple[str, float, float, float, float, float, str]]:
+    return [
         (p.target.text, p.t, p.fit.forecast, p.fit.fit_part, p.fit.rounding_part, p.fit.noise_gain, f"{out}/{slug}")
         for slug, p in _rebuilt(plan)
     ]
-    if as_json:
-        read: dict[str, Any] = {"sources": len(plan.sources), "bytes_read": plan.bytes_to_read}
-        if plan.left_out:
-            read["left_out"] = [{"snapshot": lost.name, "reason": lost.reason} for lost in plan.left_out]
-        _print_json(read | {"targets": [dict(zip(keys, row, strict=True)) for row in rows]})
-        return
-    title = f"rebuilt from {len(plan.sources)} stored averages, {size_text(plan.bytes_to_read)} read"
-    columns = ("target", plan.run.record.unit, "forecast error", "of the fit", "of rounding", "sum of |c|", "folder")
-    table = Table(*columns, title=title)
-    for text, t, error, fit, rounding, gain, folder in rows:
-        table.add_row(text, f"{t:.17g}", _error(error), f"{fit:.1e}", f"{rounding:.1e}", f"{gain:.3g}", folder)
-    _print(table)
 
 
 def show_pruning(plan: Pruning, *, removed: bool, as_json: bool) -> None:

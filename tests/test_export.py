@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_phema.errors import OutputError
-from sharded_phema.export import byte_count, staged, tensor_files
-from sharded_phema.manifest import Parameter, RawTensor
+from sharded_phema.export import byte_count, tensor_files
+from sharded_phema.layout import Box
+from sharded_phema.manifest import Parameter, RawTensor, RunRecord
+from sharded_phema.outputs import Outputs
+from sharded_phema.store import Piece
 from sharded_phema.tensorfile import CODES, DTYPES, torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -37,12 +40,23 @@ def values_of(parameters, seed=0):
     return [rng.standard_normal(math.prod(parameter.shape)) for parameter in parameters]
 
 
-def write_all(folder, parameters, files, values, block=7):
+def outputs_of(files, parameters, raw=()):
+    return Outputs(files, RunRecord("run", "steps", (), tuple(parameters), copied=tuple(raw)))
+
+
+def write(outputs, folder, parameter, start, values):
+    """Write elements of one parameter, given in float64, into one folder."""
+    piece = Piece(parameter, Box((start,), (values.size,)), True)
+    outputs.write([piece], torch.from_numpy(values)[None], [[folder]])
+
+
+def write_all(folder, outputs, values, block=7):
     """Fill every file block by block, last block first: the order must not matter."""
-    files.create(folder)
+    outputs.files.create(folder)
     jobs = [(p, i) for p, flat in enumerate(values) for i in range(0, flat.size, block)]
     for p, i in reversed(jobs):
-        files.write(folder, parameters[p], files.places[p], i, values[p][i : i + block])
+        write(outputs, folder, p, i, values[p][i : i + block])
+    outputs.close()
 
 
 @examples(40)
@@ -53,7 +67,7 @@ def test_files_parse_with_the_library_and_hold_torchs_rounding(parameters, dtype
     files = tensor_files(parameters, dtype, limit)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "out"
-        write_all(folder, parameters, files, values)
+        write_all(folder, outputs_of(files, parameters), values)
         found = tensors_of(folder)
         assert sorted(path.name for path in folder.glob("*.safetensors")) == sorted(files.sizes)
         assert all((folder / name).stat().st_size == size for name, size in files.sizes.items())
@@ -120,11 +134,13 @@ def test_files_of_mixed_dtypes_parse_and_every_tensor_begins_at_a_multiple_of_it
     values = values_of(parameters)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "out"
-        write_all(folder, parameters, files, values)
-        for (tensor, numbers), place in zip(raw, files.places[len(parameters) :], strict=True):
+        outputs = outputs_of(files, parameters, tensors)
+        write_all(folder, outputs, values)
+        for index, ((_, numbers), place) in enumerate(zip(raw, files.places[len(parameters) :], strict=True)):
             assert place.begin % torch_dtype(place.dtype).itemsize == 0
             for i in reversed(range(0, numbers.numel(), 7)):
-                files.write_raw(folder, tensor, place, i, numbers[i : i + 7])
+                outputs.write_raw(index, i, numbers[i : i + 7], [folder])
+        outputs.close()
         found = tensors_of(folder)
         assert all((folder / name).stat().st_size == size for name, size in files.sizes.items())
         assert not files.index or json.loads((folder / INDEX).read_text())["weight_map"].keys() == found.keys()
@@ -165,9 +181,11 @@ def test_a_number_that_float16_cannot_hold_is_refused_with_the_parameters_name(t
     parameter = Parameter("layer.weight", (3,))
     files = tensor_files([parameter], "float16", 100)
     files.create(tmp_path / "out")
-    files.write(tmp_path / "out", parameter, files.places[0], 0, np.array([0.0, 65519.99, 1.0]))
+    outputs = outputs_of(files, [parameter])
+    write(outputs, tmp_path / "out", 0, 0, np.array([0.0, 65519.99, 1.0]))
     with pytest.raises(OutputError, match=r"layer\.weight: .* does not fit float16") as caught:
-        files.write(tmp_path / "out", parameter, files.places[0], 0, np.array([0.0, bad, 1.0]))
+        write(outputs, tmp_path / "out", 0, 0, np.array([0.0, bad, 1.0]))
+    outputs.close()
     assert "bfloat16" in caught.value.hint
     assert tensors_of(tmp_path / "out")["layer.weight"].tolist() == [0.0, 65504.0, 1.0]
 
@@ -191,83 +209,3 @@ def test_what_is_no_positive_size_is_refused(text):
     with pytest.raises(OutputError, match="expected a size such as 5GB") as caught:
         byte_count(text)
     assert caught.value.hint
-
-
-def fill(stage):
-    (stage / "made").write_text("by create")
-
-
-def test_a_folder_appears_with_everything_that_was_put_in(tmp_path):
-    out = tmp_path / "new" / "parents" / "out"
-    with staged(out, fill) as stage:
-        (stage / "sub").mkdir()
-        (stage / "sub" / "more").write_text("by the body")
-        assert not out.exists()
-        assert stage.parent == out.parent  # else the rename could not be atomic
-    assert listing(out) == {"made": b"by create", "sub": None, "sub/more": b"by the body"}
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_an_empty_folder_is_accepted(tmp_path):
-    (tmp_path / "out").mkdir()
-    with staged(tmp_path / "out", fill):
-        pass
-    assert listing(tmp_path) == {"out": None, "out/made": b"by create"}
-
-
-@pytest.mark.parametrize("error", [RuntimeError("body"), OutputError("body", hint="mend"), KeyboardInterrupt("body")])
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_failing_body_leaves_neither_output_nor_stage(tmp_path, error, existing):
-    if existing:
-        (tmp_path / "out").mkdir()
-    before = listing(tmp_path)
-    with pytest.raises(type(error), match="body"), staged(tmp_path / "out", fill) as stage:
-        (stage / "half").write_text("done")
-        raise error
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("error", [OSError("create"), RuntimeError("create"), OutputError("create", hint="mend")])
-def test_a_failing_create_leaves_neither_output_nor_stage(tmp_path, error):
-    def create(stage):
-        fill(stage)
-        raise error
-
-    expected = OutputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected, match="create"), staged(tmp_path / "out", create):
-        raise AssertionError("the body must not run")
-    assert listing(tmp_path) == {}
-
-
-@pytest.mark.parametrize("taken", ["a file", "a folder"])
-def test_a_taken_output_is_refused_and_untouched(tmp_path, taken):
-    out = tmp_path / "out"
-    if taken == "a folder":
-        out.mkdir()
-        (out / "precious").write_text("keep")
-    else:
-        out.write_text("keep")
-    before = listing(tmp_path)
-    with pytest.raises(OutputError, match="nothing is ever overwritten") as caught, staged(out, fill):
-        raise AssertionError("the body must not run")
-    assert "another folder" in caught.value.hint
-    assert listing(tmp_path) == before
-
-
-def test_an_output_whose_parent_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("keep")
-    with pytest.raises(OutputError, match="cannot be made"), staged(tmp_path / "file" / "out", fill):
-        raise AssertionError("the body must not run")
-    assert listing(tmp_path) == {"file": b"keep"}
-
-
-@pytest.mark.parametrize("error", [False, True])
-def test_an_output_that_was_taken_meanwhile_is_not_overwritten(tmp_path, error):
-    # Somebody else fills the folder while the body runs; rename onto a folder that is not empty fails.
-    out = tmp_path / "out"
-    with pytest.raises((OutputError, OSError)), staged(out, fill):
-        out.mkdir()
-        (out / "other").write_text("keep")
-        if error:
-            raise OSError("body")
-    assert listing(tmp_path) == {"out": None, "out/other": b"keep"}

@@ -108,41 +108,55 @@ def export_and_load(root: str, out: str) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def failing_part(root: str, out: str) -> tuple[str, list[str]]:
+def failing_part(root: str, out: str, failure: Exception) -> tuple[str, list[str]]:
     """What is raised where one rank cannot write its part, and what is left."""
-    if dist.get_rank() == 1:
-        export_dcp.FileSystemWriter.write_data = refuse  # type: ignore[method-assign]
-    try:
-        reconstruct(root, TARGETS, out=out, format="dcp")
-    except PhemaError as error:
-        dist.barrier()
-        return error.message, [path.name for path in Path(out).parent.iterdir()]
+
+    def refuse(*args: object) -> object:
+        raise failure
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(export_dcp.FileSystemWriter, "write_data", refuse)
+        try:
+            reconstruct(root, TARGETS, out=out, format="dcp")
+        except PhemaError as error:
+            dist.barrier()
+            return error.message, [path.name for path in Path(out).parent.iterdir()]
     return "nothing was raised", []
 
 
-def refuse(*args: object) -> object:
-    raise OSError("no space left")
+def failing_and_again(root: str, out: str) -> tuple[list[tuple[str, list[str]]], int]:
+    """What is raised and left by a failure of the writer and one of the disk; what is read when the disk is mended."""
+    failures = [failing_part(root, out, error) for error in (ValueError("no sense"), OSError("no space left"))]
+    dist.barrier()
+    plan = reconstruct(root, TARGETS, out=out, format="dcp")
+    assert plan.summary is not None
+    return failures, plan.summary.read
 
 
 def on_two(root: str, folder: str) -> tuple[object, ...]:
     """Both on the same ranks, which take a while to start."""
-    return export_and_load(root, f"{folder}/dcp"), failing_part(root, f"{folder}/failed/dcp")
+    return export_and_load(root, f"{folder}/dcp"), failing_and_again(root, f"{folder}/failed/dcp")
 
 
-def test_two_processes_write_half_each_that_loads_into_dtensors_and_a_failure_of_one_leaves_nothing(
+def test_two_processes_write_half_each_that_loads_into_dtensors_and_a_failure_of_one_leaves_nothing_half_done(
     root: Path, tmp_path: Path
 ) -> None:
     expected = expected_of(root, tmp_path / "files", "float32")
     (tmp_path / "failed").mkdir()
-    for found, (message, left) in run_ranks(2, on_two, str(root), str(tmp_path)):
+    for found, (failures, read) in run_ranks(2, on_two, str(root), str(tmp_path)):
         assert found.keys() == expected.keys()
         for slug, tensors in found.items():
             assert all(same(tensor, expected[slug][name]) for name, tensor in tensors.items())
-        assert re.search("process 1 cannot write its part of the checkpoint: no space left", message), message
-        assert left == []
+        (message, left), (full, kept) = failures
+        assert re.search("process 1 cannot write its part of the checkpoint: no sense", message), message
+        assert re.search("process 1 cannot write its part of the checkpoint: no space left", full), full
+        # A full disk can be mended, and what was rebuilt is there yet.
+        assert (left, kept, read) == ([], [".dcp.partial"], 0)
     for slug, tensors in expected.items():
         folder = tmp_path / "dcp" / slug
         check(folder, tensors, tmp_path / f"{slug}.pt")
+        check(tmp_path / "failed" / "dcp" / slug, tensors, tmp_path / f"{slug}-again.pt")
         sizes = sorted(path.stat().st_size for path in folder.glob("*.distcp"))
         assert len(sizes) == 2 and sizes[0] > 0.9 * sizes[1], "each process writes half"
 
@@ -160,6 +174,34 @@ def test_shares_of_all_processes_are_every_element_once_and_nearly_equal(numels:
                 count += span[1] - span[0]
         assert abs(count - sum(numels) / size) <= 1
     assert seen == [[*range(numel)] for numel in numels]
+
+
+@pytest.mark.parametrize("moment", ["before drafts go", "while drafts go"])
+def test_killed_while_checkpoints_are_made_the_next_call_makes_them_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    # Oracle: the safetensors export. What kills leaves no process the time to tidy up.
+    expected = expected_of(root, tmp_path / "files", "float32")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(folder: Path, *args: object, **options: object) -> None:
+        if moment == "while drafts go":
+            (Path(folder) / "0.07" / "model.safetensors").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sharded_phema.rebuild._remove" if moment == "before drafts go" else "shutil.rmtree", kill)
+        with pytest.raises(Killed):
+            reconstruct(root, TARGETS, out=tmp_path / "out" / "dcp", format="dcp")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".dcp.partial"]
+    plan = reconstruct(root, TARGETS, out=tmp_path / "out" / "dcp", format="dcp")
+    assert plan.summary is not None and plan.summary.read == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dcp"]
+    assert {path.name for path in (tmp_path / "out" / "dcp").iterdir()} == expected.keys()
+    for slug, tensors in expected.items():
+        check(tmp_path / "out" / "dcp" / slug, tensors, tmp_path / f"{slug}.pt")
 
 
 def test_formats_that_do_not_exist_and_urls_are_refused(root: Path, tmp_path: Path) -> None:

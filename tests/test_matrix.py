@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
+from sharded_phema.load import load_into
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.rebuild import reconstruct
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS, EVERY = 5, 2
-FEATURES = ["averages", "snapshot", "rebuilt", "swap", "resume"]
+FEATURES = ["averages", "snapshot", "rebuilt", "swap", "resume", "load"]
 
 
 def rows() -> list[list[str]]:
@@ -70,6 +71,10 @@ def row_body(kind: str, root: Path) -> dict[str, Any]:
         assert all(same_bits(a[4], b[4]) for a, b in zip(live(ema), seen["path"][-1], strict=True))
         sharded.step(STEPS + 1)  # training goes on
         ema.close()
+        load_into(sharded.model, "window:0.5@t=5", root, optimizer=sharded.optimizer)
+        seen["loaded"] = live(ema)
+        with torch.no_grad():
+            seen["of loaded"] = sharded.forward(batch(0))
         return seen
 
 
@@ -99,7 +104,9 @@ def test_a_row_of_the_table_is_true(tmp_path, kind) -> None:
         tensors_of(tmp_path / "out" / slug) for slug in sorted(p.name for p in (tmp_path / "out").iterdir())
     )
     assert all(same_bits(stored[name], value) for name, value in expected[labels[1]].items())
-    for weights, feature in ((stored, "tracked"), (window, "rebuilt")):
+    loaded = assembled([rank["loaded"] for rank in ranks])["weights"]
+    assert all(same_bits(value, window[name]) for name, value in loaded.items())
+    for weights, feature in ((stored, "tracked"), (window, "rebuilt"), (window, "of loaded")):
         model.load_state_dict(weights)  # strict: buffers are in the folder too
         with torch.no_grad():
             wanted = model(batch(0))

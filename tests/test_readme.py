@@ -53,10 +53,22 @@ def test_the_python_interface_of_the_readme_works(folder) -> None:
     assert (folder / "out-python" / "decay-cosine-0.2" / "phema.json").is_file()
 
 
+def test_the_lines_that_load_an_average_into_a_model_work(folder) -> None:
+    script = (
+        "import torch\nfrom torch import nn\nfrom safetensors.torch import load_file\n"
+        "model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))\n"
+        + blocks("python")[2]
+        + "stored = load_file('out-large/0.12/model.safetensors')\n"
+        "assert all(torch.equal(p, stored[n]) for n, p in model.named_parameters())\n"
+    )
+    done = run([sys.executable, "-c", script], folder)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_resume_lines_of_the_readme_work(folder) -> None:
     script = blocks("python")[0].replace("run/ema", "again/ema")
     head, tail = script.split("with torch.no_grad()")
-    save, load = blocks("python")[2].strip().splitlines()
+    save, load = blocks("python")[3].strip().splitlines()
     head = "import torch.distributed.checkpoint as dcp\n" + head.replace("range(1, 401)", "range(1, 8)")
     fresh = 'ema = PostHocEMA(model, "other/ema", sigma_rels=(0.05, 0.10))\n'
     check = "assert ema.t == 7\n"

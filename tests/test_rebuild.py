@@ -15,16 +15,13 @@ from builders import Free, examples, listing, no_flush, same_bits, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_phema import rebuild
-from sharded_phema.errors import ForecastError, OutputError, PhemaError, StoreError, TargetError
-from sharded_phema.export import tensor_files
-from sharded_phema.folder import open_folder
-from sharded_phema.manifest import Parameter, RunRecord
-from sharded_phema.per_tensor import parse_outputs, whole_model
+from sharded_phema import grid
+from sharded_phema.errors import ForecastError, OrderError, OutputError, PhemaError, StoreError, TargetError
+from sharded_phema.per_tensor import parse_outputs
 from sharded_phema.posthoc import PostHocEMA
-from sharded_phema.rebuild import Blocks, reconstruct
-from sharded_phema.recipe import Plan, PlannedOutput, plan_rebuild
-from sharded_phema.store import Run, open_run
+from sharded_phema.rebuild import reconstruct
+from sharded_phema.recipe import plan_rebuild
+from sharded_phema.store import open_run
 from sharded_phema.target import parse_target
 
 SIZE, STEPS, EVERY = 3000, 800, 100
@@ -89,7 +86,29 @@ def relative_error(found, expected, path, t=STEPS):
 @pytest.fixture(scope="module")
 def rebuilt(walk, tmp_path_factory):
     out = tmp_path_factory.mktemp("rebuilt") / "out"
+    return SimpleNamespace(out=out, plan=reconstruct(walk.root, [*WIDTHS, *OTHERS], out=out, precision="float64"))
+
+
+@pytest.fixture(scope="module")
+def in_float32(walk, tmp_path_factory):
+    out = tmp_path_factory.mktemp("float32") / "out"
     return SimpleNamespace(out=out, plan=reconstruct(walk.root, [*WIDTHS, *OTHERS], out=out))
+
+
+@pytest.mark.parametrize("text", [*WIDTHS, *OTHERS])
+def test_sums_in_float32_are_those_in_float64_up_to_the_rounding_of_each_term(walk, rebuilt, in_float32, text):
+    # Oracle: the sum in float64, and the bound on a sum of n products of rounded factors in any order: each is rounded
+    # at most n + 1 times by 2^-24 of the sum of magnitudes.
+    index, planned = planned_of(in_float32.plan, text)
+    terms = [
+        (c, flat_averages(walk.root, source.snapshot.t)[source.snapshot.record.averages[source.average]])
+        for source, c in zip(in_float32.plan.sources, in_float32.plan.coefficients[:, index], strict=True)
+        if c != 0.0
+    ]
+    exact = sum(c * values for c, values in terms)
+    bound = (len(terms) + 2) * 2.0**-24 * sum(abs(c) * np.abs(values) for c, values in terms)
+    found = joined(tensors_of(in_float32.out / planned.target.slug))
+    assert (np.abs(found - exact) <= bound).all()
 
 
 def planned_of(plan, text):
@@ -154,70 +173,43 @@ def test_a_stored_average_comes_out_bit_for_bit(walk, tmp_path, sigma_rel, t):
         assert same_bits(found[name], torch.from_numpy(np.asarray(expected)).float())
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("block", [37, 500, 2900, 3001])
-def test_the_size_of_blocks_does_not_show_in_the_bits(walk, rebuilt, tmp_path, monkeypatch, block):
+def test_the_size_of_blocks_does_not_show_in_the_bits(
+    walk, rebuilt, in_float32, tmp_path, monkeypatch, block, precision
+):
     # The targets of one call share their sources, so that both calls name the same ones.
     texts = [*WIDTHS, *OTHERS]
-    monkeypatch.setattr(rebuild, "BLOCK", block)
-    reconstruct(walk.root, texts, out=tmp_path / "out")
+    monkeypatch.setattr(grid, "BLOCK", block)
+    reconstruct(walk.root, texts, out=tmp_path / "out", precision=precision)
+    expected = (rebuilt if precision == "float64" else in_float32).out
     for text in texts:
         file = Path(parse_target(text).slug) / "model.safetensors"
-        same = (tmp_path / "out" / file).read_bytes() == (rebuilt.out / file).read_bytes()
+        same = (tmp_path / "out" / file).read_bytes() == (expected / file).read_bytes()
         assert same, text  # the bytes themselves would take minutes to show
 
 
-class Recorder:
-    """Stands in for the files and counts how often each element is written."""
-
-    def __init__(self, sizes):
-        self.places = tuple(enumerate(sizes))
-        self.counts = [np.zeros(size, int) for size in sizes]
-
-    def write(self, folder, parameter, place, start, values):
-        assert parameter.name == f"w{place[0]}"
-        self.counts[place[0]][start : start + values.size] += 1
-
-
-@examples(100)
-@given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 9), st.integers(1, 30))
-def test_the_blocks_of_all_ranks_cover_each_element_once(sizes, ranks, block):
-    # Oracle: counting.
-    record = RunRecord("run", "steps", (), tuple(Parameter(f"w{i}", (size,)) for i, size in enumerate(sizes)))
-    run = Run(open_folder(""), record, (), (), (), (), "")
-    output = PlannedOutput(whole_model(parse_target("0.15")), (0,) * len(sizes))
-    plan, recorder = Plan(run, (None,), (output,), (), np.zeros((0, 1))), Recorder(sizes)
-    lengths = []
-    for rank in range(ranks):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rebuild, "BLOCK", block)
-            patch.setattr(rebuild, "rank_and_size", lambda rank=rank: (rank, ranks))
-            blocks = Blocks(plan, recorder, [Path()])
-            lengths.append(len(blocks))
-            assert len(list(blocks)) == len(blocks)
-    assert all((counts == 1).all() for counts in recorder.counts)
-    assert sum(lengths) == sum(math.ceil(size / block) for size in sizes)
-    assert max(lengths) - min(lengths) <= 1
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("workers", [2, 3, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_simulated_ranks_together_write_the_bytes_of_one(walk, tmp_path, monkeypatch, ranks, dtype):
-    monkeypatch.setattr(rebuild, "BLOCK", 100)
-    plan = reconstruct(walk.root, [0.15], out=tmp_path / "one", dtype=dtype, max_shard_size=9000)
-    files = tensor_files(plan.run.record.parameters, dtype, 9000)
-    files.create(tmp_path / "many")
-    for rank in range(ranks):
-        monkeypatch.setattr(rebuild, "rank_and_size", lambda rank=rank: (rank, ranks))
-        list(Blocks(plan, files, [tmp_path / "many"]))
-    one = listing(tmp_path / "one" / "0.15")
-    recipe = json.loads(one.pop("phema.json"))
+def test_workers_one_after_another_write_the_bytes_of_one(walk, tmp_path, monkeypatch, workers, dtype):
+    monkeypatch.setattr(grid, "BLOCK", 100)
+    options = {"dtype": dtype, "max_shard_size": 9000}
+    reconstruct(walk.root, [0.15, "window:0.2"], out=tmp_path / "one", **options)
+    for worker in reversed(range(workers)):
+        assert not (tmp_path / "many").exists()
+        plan = reconstruct(
+            walk.root, [0.15, "window:0.2"], out=tmp_path / "many", worker=worker, workers=workers, **options
+        )
+        assert plan.summary.finished == (worker == 0)
+    one = listing(tmp_path / "one")
+    assert sum(name.endswith(".safetensors") for name in one) == 2 * (1 if dtype == "bfloat16" else 2)
     assert listing(tmp_path / "many") == one
-    assert recipe["dtype"] == dtype
+    assert json.loads(one["0.15/phema.json"])["dtype"] == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_low_precision_output_is_rounded_from_the_float64_sum(walk, tmp_path, dtype):
-    plan = reconstruct(walk.root, [0.15], out=tmp_path / "low", dtype=dtype)
+    plan = reconstruct(walk.root, [0.15], out=tmp_path / "low", dtype=dtype, precision="float64")
     total = np.zeros(SIZE)
     for source, (weight,) in zip(plan.sources, plan.coefficients, strict=True):
         total += weight * flat_averages(walk.root, source.snapshot.t)[plan.run.record.averages[source.average]]
@@ -251,18 +243,29 @@ def test_every_target_has_a_folder_and_the_plan_counts_what_is_read(walk, rebuil
     assert rebuilt.plan.bytes_to_read == 4 * SIZE * len(rebuilt.plan.sources)
 
 
-def test_progress_is_given_the_blocks_with_their_number(walk, tmp_path, monkeypatch):
-    monkeypatch.setattr(rebuild, "BLOCK", 1000)
+def test_progress_is_given_the_bytes_of_each_step_and_the_steps(walk, tmp_path, monkeypatch):
+    # Oracle: 3000 elements of 4 bytes, in blocks of 1100, of each source that is read and of what is written.
+    monkeypatch.setattr(grid, "BLOCK", 1100)
     seen = []
 
-    def bar(blocks):
-        seen.append(len(blocks))
-        for number, block in enumerate(blocks):
-            seen.append(number)
-            yield block
+    def bar(sizes, steps):
+        seen.append(list(sizes))
+        for size, step in zip(sizes, steps, strict=True):
+            seen.append((size, step))
+            yield step
 
-    reconstruct(walk.root, [0.15], out=tmp_path / "out", progress=bar)
-    assert seen == [5, 0, 1, 2, 3, 4]  # 2900 elements in 3 blocks, 99 and 1 in one each, 0 in none
+    plan = reconstruct(walk.root, [0.15], out=tmp_path / "out", progress=bar)
+    sizes = [4 * numel * (len(plan.sources) + 1) for numel in (1100, 1100, 800)]
+    assert seen == [sizes, *zip(sizes, range(3), strict=True)]
+
+
+def test_a_bar_that_asks_for_no_more_than_the_known_steps_does_not_leave_the_last_ones_unfinished(walk, tmp_path):
+    # Without strict, zip never asks the steps whether there is more, and what follows the last one would not run.
+    def bar(sizes, steps):
+        return (step for _, step in zip(sizes, steps, strict=False))
+
+    plan = reconstruct(walk.root, [0.15], out=tmp_path / "out", progress=bar)
+    assert plan.summary.finished and (tmp_path / "out" / "0.15" / "model.safetensors").is_file()
 
 
 BAD = [
@@ -285,6 +288,17 @@ BAD = [
     (["decay:sqrt:0.2"], {"metric": "density"}, TargetError, "density"),
     (["0.15"], {"tolerance": 1e-9}, ForecastError, "1e-09"),
     (["0.15"], {"tolerance": math.nan}, PhemaError, "nan"),
+    (["0.15"], {"precision": "float16"}, TargetError, "found 'float16'"),
+    (["0.15"], {"memory": "1MB"}, TargetError, "need at least"),
+    (["0.15"], {"memory": "lots"}, OutputError, "found 'lots'"),
+    (["0.15"], {"device": "abacus"}, TargetError, "abacus"),
+    (["0.15"], {"like": "/nowhere/at/all"}, OutputError, "config.json"),
+    (["0.15"], {"leave_out": ["nonesuch"]}, TargetError, "holds no such snapshot"),
+    (["0.15"], {"worker": 2, "workers": 2}, OrderError, "worker 2 of 2"),
+    (["0.15"], {"worker": 0}, OrderError, "worker 0 of None"),
+    (["0.15"], {"workers": 2}, OrderError, "worker None of 2"),
+    (["0.15"], {"worker": -1, "workers": 2}, OrderError, "worker -1 of 2"),
+    (["0.15"], {"worker": 0, "workers": 0}, OrderError, "worker 0 of 0"),
 ]
 
 

@@ -19,7 +19,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 
-from sharded_phema import blocks, sums
+from sharded_phema import blocks, feed
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.rebuild import reconstruct
 from sharded_phema.store import open_run, run
@@ -235,7 +235,7 @@ def test_a_rebuild_has_several_requests_in_flight(
 
     many, in_flight = timed(tmp_path / "many")
     with monkeypatch.context() as patch:
-        patch.setattr(sums, "of_each", one_by_one)
+        patch.setattr(feed, "of_each", one_by_one)
         patch.setattr(run, "of_each", one_by_one)
         one, single = timed(tmp_path / "one")
     assert (in_flight >= 8, single) == (True, 1)

@@ -36,11 +36,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_phema import frozen as frozen_module
-from sharded_phema import rebuild
+from sharded_phema import grid
 from sharded_phema import session as session_module
 from sharded_phema.background import Foreground
 from sharded_phema.errors import ModelMismatch, OutputError, StoreError, UnsupportedModel
-from sharded_phema.export import tensor_files
 from sharded_phema.folder import open_folder
 from sharded_phema.identity import run_record
 from sharded_phema.layout import Box, ParamShard, ShardLayout, whole
@@ -639,8 +638,8 @@ def test_buffers_are_averaged_like_parameters_where_asked_for_and_omitted_where_
     assert rebuilt(tmp_path / "omit", tmp_path / "less").keys() == {"weight"}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_simulated_ranks_together_write_the_bytes_of_one(tmp_path, monkeypatch, ranks):
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_one_after_another_write_the_bytes_of_one(tmp_path, monkeypatch, workers):
     torch.manual_seed(0)
     model = Convolved()
     model.conv.requires_grad_(False)
@@ -648,15 +647,14 @@ def test_simulated_ranks_together_write_the_bytes_of_one(tmp_path, monkeypatch, 
         for t in range(1, 5):
             step(model, 3, 2, 5, 5, seed=t)
             ema.update(t)
-    monkeypatch.setattr(rebuild, "BLOCK", 5)
-    plan = reconstruct(tmp_path / "run", ["0.1"], out=tmp_path / "one", max_shard_size=150)
-    files = tensor_files(plan.run.record.parameters, "float32", 150, plan.run.record.raw)
-    files.create(tmp_path / "many")
-    for rank in range(ranks):
-        monkeypatch.setattr(rebuild, "rank_and_size", lambda rank=rank: (rank, ranks))
-        list(rebuild.Blocks(plan, files, [tmp_path / "many"]))
-    one = listing(tmp_path / "one" / "0.1")
-    del one["phema.json"]
+    monkeypatch.setattr(grid, "BLOCK", 5)
+    reconstruct(tmp_path / "run", ["0.1"], out=tmp_path / "one", max_shard_size=150)
+    for worker in range(workers):
+        reconstruct(
+            tmp_path / "run", ["0.1"], out=tmp_path / "many", max_shard_size=150, worker=worker, workers=workers
+        )
+    one = listing(tmp_path / "one")
+    assert sum(name.endswith(".safetensors") for name in one) > 1
     assert listing(tmp_path / "many") == one
 
 

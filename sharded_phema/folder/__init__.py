@@ -6,11 +6,22 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from sharded_phema.folder.contract import Buffer, Entry, Folder, Want
+from sharded_phema.folder.contract import Buffer, Entry, Folder, OpenFile, Want
 from sharded_phema.folder.flight import in_flight
 from sharded_phema.folder.local import LocalFolder
 
-__all__ = ["Buffer", "Entry", "Folder", "Want", "is_there", "of_each", "open_folder", "read_each"]
+__all__ = [
+    "Buffer",
+    "Entry",
+    "Folder",
+    "OpenFile",
+    "Want",
+    "is_local",
+    "is_there",
+    "of_each",
+    "open_folder",
+    "read_each",
+]
 
 LOCAL = ("file://", "local://")
 
@@ -59,6 +70,11 @@ def read_each(folder: Folder, names: Sequence[str], limit: int) -> tuple[bytes, 
     return in_flight(lambda name: folder.read(name, limit), names)
 
 
+def is_local(folder: Folder) -> bool:
+    """Whether reading from it waits for a disk rather than for a network."""
+    return "://" not in folder.url or folder.url.startswith(LOCAL)
+
+
 def of_each(folder: Folder, act: Callable[[Item], Found], items: Sequence[Item]) -> tuple[Found, ...]:
     """``act`` of each item, in order: several at a time where each waits for a remote folder, else one after another.
 
@@ -70,6 +86,6 @@ def of_each(folder: Folder, act: Callable[[Item], Found], items: Sequence[Item])
     Raises:
         StoreError: The first failure of ``act``.
     """
-    if "://" not in folder.url or folder.url.startswith(LOCAL):
+    if is_local(folder):
         return tuple(act(item) for item in items)
     return in_flight(act, items)

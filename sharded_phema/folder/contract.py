@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sharded_phema.errors import StoreError
 
-__all__ = ["Buffer", "Entry", "Folder", "Want", "bytes_of", "check_name", "is_name"]
+__all__ = ["Buffer", "Entry", "Folder", "OpenFile", "Want", "bytes_of", "check_name", "is_name"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 """Contiguous memory."""
@@ -50,6 +50,20 @@ class Entry:
     is_folder: bool
 
 
+class OpenFile(Protocol):
+    """A file that is read from front to back. Used by one thread at a time."""
+
+    def fill(self, begin: int, view: memoryview) -> None:
+        """Fill memory with its bytes from ``begin`` on.
+
+        Raises:
+            StoreError: It is missing, ends before the range, or cannot be read.
+        """
+
+    def close(self) -> None:
+        """Give back what reading it took. Closing twice is harmless."""
+
+
 class Folder(Protocol):
     """A folder of files that are written once. May be used from several threads, and sent to other processes.
 
@@ -78,6 +92,13 @@ class Folder(Protocol):
 
         Raises:
             StoreError: A file is missing, ends before the range, or cannot be read. Memory may be filled in part.
+        """
+
+    def open(self, name: str) -> OpenFile:
+        """A file of which many ranges will be read, one after another.
+
+        Raises:
+            StoreError: It is missing or cannot be opened; where the storage is remote, its first ``fill`` tells.
         """
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> int:

@@ -11,7 +11,19 @@ from contextlib import contextmanager, suppress
 from sharded_phema.errors import StoreError
 from sharded_phema.folder.contract import Buffer, bytes_of
 
-__all__ = ["failing", "fill_range", "flush", "give_name", "make_folders", "opened", "pour", "refuse_existing", "unlink"]
+__all__ = [
+    "failing",
+    "failure",
+    "fill_range",
+    "flush",
+    "give_name",
+    "make_folders",
+    "opened",
+    "opened_descriptor",
+    "pour",
+    "refuse_existing",
+    "unlink",
+]
 
 PIECE_BYTES = 16 << 20
 """Bytes that one system call writes at most."""
@@ -36,15 +48,16 @@ def failing(path: str, act: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         if act != "read":
-            raise _failure(path, act, error) from error
+            raise failure(path, act, error) from error
         raise StoreError(
             f"{path}: expected a file, found none", hint="restore it from a backup, or leave out what needs it"
         ) from error
     except OSError as error:
-        raise _failure(path, act, error) from error
+        raise failure(path, act, error) from error
 
 
-def _failure(path: str, act: str, error: OSError) -> StoreError:
+def failure(path: str, act: str, error: OSError) -> StoreError:
+    """The one error that says what the system reports."""
     mend = MENDS.get(error.errno or 0, "check the storage")
     intact = "; earlier snapshots are intact" if act == "written" else ""
     return StoreError(f"{path}: cannot be {act}: {error.strerror or error}", hint=mend + intact)
@@ -53,17 +66,22 @@ def _failure(path: str, act: str, error: OSError) -> StoreError:
 @contextmanager
 def opened(path: str) -> Iterator[tuple[int, int]]:
     """A regular file, open for reading, and its size."""
-    # A pipe in the place of a file must not block, nor may a link that took the place of the file since be followed.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    descriptor, size = opened_descriptor(path)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(
-                f"{path}: expected a file, found something else", hint="restore the run folder from a backup"
-            )
-        yield descriptor, status.st_size
+        yield descriptor, size
     finally:
         os.close(descriptor)
+
+
+def opened_descriptor(path: str) -> tuple[int, int]:
+    """The same, for the caller to close."""
+    # A pipe in the place of a file must not block, nor may a link that took the place of the file since be followed.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path}: expected a file, found something else", hint="restore the run folder from a backup")
+    return descriptor, status.st_size
 
 
 def fill_range(path: str, descriptor: int, size: int, begin: int, view: memoryview) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from sharded_phema.errors import StoreError
-from sharded_phema.folder.contract import Buffer, Entry, Want, bytes_of, check_name, is_name
+from sharded_phema.folder.contract import Buffer, Entry, OpenFile, Want, bytes_of, check_name, is_name
 from sharded_phema.folder.disk import (
     failing,
     fill_range,
@@ -22,6 +22,7 @@ from sharded_phema.folder.disk import (
     refuse_existing,
     unlink,
 )
+from sharded_phema.folder.local_file import LocalFile
 from sharded_phema.folder.temporary import temporary_name, writer_of
 
 __all__ = ["LocalFolder"]
@@ -68,6 +69,10 @@ class LocalFolder:
                 with failing(path, "read"), opened(path) as (descriptor, size):
                     for begin, view in views:
                         fill_range(path, descriptor, size, begin, view)
+
+    def open(self, name: str) -> OpenFile:
+        """A file that stays open; what it will be asked for next is on its way from the disk meanwhile."""
+        return LocalFile(self._resolved(name))
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> int:
         """A new file, whole or not at all, and safe when this returns."""

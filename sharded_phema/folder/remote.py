@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from sharded_phema.errors import StoreError
-from sharded_phema.folder.contract import Buffer, Entry, Want, bytes_of, check_name
+from sharded_phema.folder.contract import Buffer, Entry, OpenFile, Want, bytes_of, check_name
 from sharded_phema.folder.flight import in_flight
 
 __all__ = ["RemoteFolder"]
@@ -74,6 +75,10 @@ class RemoteFolder:
             for begin in range(0, len(view), REQUEST_BYTES):
                 requests.append((want.name, want.begin + begin, view[begin : begin + REQUEST_BYTES]))
         in_flight(lambda request: self._fetch(*request), requests)
+
+    def open(self, name: str) -> OpenFile:
+        """A file by its name: every ``fill`` asks anew, in requests of which several are in flight."""
+        return _RemoteFile(self, name)
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> int:
         """A new file, sent part by part; nothing of it stays if that fails."""
@@ -203,6 +208,18 @@ class RemoteFolder:
             f"{self._where(name)}: cannot be {act}: {type(error).__name__}: {error}",
             hint=f"check the address, the credentials and the connection{intact}",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _RemoteFile:
+    folder: RemoteFolder
+    name: str
+
+    def fill(self, begin: int, view: memoryview) -> None:
+        self.folder.fill([Want(self.name, begin, view)])
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _connect(url: str, shown: str) -> tuple[Any, str]:

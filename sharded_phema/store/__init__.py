@@ -5,13 +5,14 @@ from __future__ import annotations
 from sharded_phema.store.audit import check_claim, check_frozen, check_layout, check_session
 from sharded_phema.store.boxes import BoxTensor, pieces_in
 from sharded_phema.store.claims import Claim, check_unclaimed, claim_run
-from sharded_phema.store.cuts import Here, here, layout_record
+from sharded_phema.store.cuts import Here, Layout, here, layout_record
 from sharded_phema.store.frozen import FrozenLayer, stored_frozen, write_frozen
 from sharded_phema.store.names import snapshot_folder
 from sharded_phema.store.norms import squared_norms
 from sharded_phema.store.reader import Snapshot
 from sharded_phema.store.records import layout_id
 from sharded_phema.store.run import Damaged, Run, open_run, run_exists
+from sharded_phema.store.spans import Piece, Span, Spans
 from sharded_phema.store.stored import Stored
 from sharded_phema.store.upkeep import (
     Waste,
@@ -29,8 +30,12 @@ __all__ = [
     "Damaged",
     "FrozenLayer",
     "Here",
+    "Layout",
+    "Piece",
     "Run",
     "Snapshot",
+    "Span",
+    "Spans",
     "Stored",
     "Waste",
     "check_claim",

@@ -117,6 +117,9 @@ class Layout:
     record: LayoutRecord
     run: RunRecord
     _held: dict[tuple[str, int], Held] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _parts: dict[int, tuple[tuple[int, int, int], ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         counts = [(len(self.record.averaged), len(self.run.parameters))]
@@ -139,6 +142,19 @@ class Layout:
     def frozen(self, index: int) -> Held:
         """Who holds what of a frozen tensor."""
         return self._of("frozen", index, self.record.frozen, self.run.frozen[index].shape)
+
+    def part(self, rank: int) -> tuple[tuple[int, int, int], ...]:
+        """What a rank holds of one average, in the order of its file: parameter, number of the box, elements."""
+        if rank not in self._parts:
+            if len(self._parts) >= 16:  # ranks are asked for one after another
+                self._parts.clear()
+            self._parts[rank] = tuple(
+                (parameter, number, numel)
+                for parameter in range(len(self.run.parameters))
+                for number, numel in enumerate(_elements(self.averaged(parameter), rank))
+                if numel
+            )
+        return self._parts[rank]
 
     def _of(self, kind: str, index: int, cuts: Sequence[Cut], shape: Shape) -> Held:
         if (kind, index) not in self._held:
@@ -178,11 +194,25 @@ class Slabs(Sequence[tuple[int, tuple[Box, ...]]]):
         begin, end = self.edges[range(len(self))[index]], self.edges[range(1, len(self) + 1)[index]]
         return int(self.ranks[index]), (_box(self.shape, self.dim, int(begin), int(end)),)
 
+    def elements(self, rank: int) -> int:
+        """How many a rank holds."""
+        at = int(np.searchsorted(self.ranks, rank))
+        if at == len(self.ranks) or self.ranks[at] != rank:
+            return 0
+        return int(self.edges[at + 1] - self.edges[at]) * (math.prod(self.shape) // self.shape[self.dim])
+
     def near(self, box: Box) -> Held:
         """Those that may share elements with a box."""
         start, size = box.offsets[self.dim], box.sizes[self.dim]
         first = int(np.searchsorted(self.edges, start, side="right")) - 1
         return self[max(first, 0) : int(np.searchsorted(self.edges, start + size, side="left"))]
+
+
+def _elements(held: Held, rank: int) -> list[int]:
+    """Elements of each box that a rank holds of a tensor."""
+    if isinstance(held, Slabs):
+        return [held.elements(rank)]
+    return [box.numel for holder, boxes in held if holder == rank for box in boxes]
 
 
 def near(held: Held, box: Box) -> Held:

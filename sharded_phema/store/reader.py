@@ -44,6 +44,7 @@ class Snapshot:
     layout: Layout = field(repr=False)
     frozen: tuple[FrozenLayer, ...] = field(repr=False)
     _files: dict[int, TensorFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _begins: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _stored: dict[tuple[int, int], Stored] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -102,6 +103,19 @@ class Snapshot:
         """Fill a contiguous array with the elements of one flattened parameter of one average from ``start`` on."""
         self._average(average, parameter).fill_flat(start, out)
 
+    def averages_of(self, rank: int) -> tuple[BlockFile, int]:
+        """A rank's file, and the byte of it at which its averages begin, one after another as the record lists them.
+
+        Raises:
+            StoreError: It is damaged, or does not hold them so.
+        """
+        if rank not in self._begins:
+            parameters, part = self.record.parameters, self.layout.part(rank)
+            names_of = [(names.box_key(parameters[p].name, number), numel) for p, number, numel in part]
+            keys = ((names.tensor_name(label, key), n) for label in self.record.averages for key, n in names_of)
+            self._begins[rank] = self._file(rank).begin_of((key, self.record.dtype, n) for key, n in keys)
+        return self._file(rank).file, self._begins[rank]
+
     def read_raw(self, index: int, start: int, stop: int) -> Tensor:
         """Elements ``[start, stop)`` of one flattened tensor that is stored as it is, in its own dtype.
 
@@ -113,11 +127,13 @@ class Snapshot:
         Raises:
             StoreError: A file is damaged, or not all of the elements are stored.
         """
-        tensor, copied = self.record.raw[index], len(self.record.copied)
-        stored = self._copied(index) if index < copied else stored_frozen(self.frozen, index - copied)
-        out = np.empty(stop - start, bits_of(tensor.dtype))
-        stored.fill_flat(start, out)
-        return as_tensor(out, tensor.dtype)
+        out = np.empty(stop - start, bits_of(self.record.raw[index].dtype))
+        self._raw(index).fill_flat(start, out)
+        return as_tensor(out, self.record.raw[index].dtype)
+
+    def read_raw_box(self, index: int, box: Box) -> Tensor:
+        """One box of a tensor that is stored as it is, in its own dtype and the box's shape; see ``read_raw``."""
+        return as_tensor(self._raw(index).read_box(box), self.record.raw[index].dtype)
 
     def check(self) -> None:
         """Read all files of this snapshot, and prove that they are what its record says.
@@ -167,6 +183,10 @@ class Snapshot:
             name, held = names.tensor_name(self.record.averages[average], record.name), self.layout.averaged(parameter)
             self._stored[average, parameter] = self._tensor(name, record.shape, self.record.dtype, held, np.float32)
         return self._stored[average, parameter]
+
+    def _raw(self, index: int) -> Stored:
+        copied = len(self.record.copied)
+        return self._copied(index) if index < copied else stored_frozen(self.frozen, index - copied)
 
     def _copied(self, index: int) -> Stored:
         tensor = self.record.copied[index]

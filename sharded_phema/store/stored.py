@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharded_phema.errors import StoreError
-from sharded_phema.layout import Box, boxes_of_flat_range, flattened, intersection
+from sharded_phema.layout import Box, boxes_of_flat_range, flattened, intersection, rows_around
 from sharded_phema.store.cuts import Held, near
 
 __all__ = ["Stored"]
@@ -62,7 +61,7 @@ class Stored:
             StoreError: As of ``read_box``.
         """
         wanted, found = Box((start,), (out.size,)), 0
-        for rank, boxes in near(self.held, _rows(self.shape, start, start + out.size)):
+        for rank, boxes in near(self.held, rows_around(self.shape, start, start + out.size)):
             for number, box in enumerate(boxes):
                 # Rows, as most ways of sharding store them: the range is one run of bytes in each file it touches.
                 if (stored := flattened(box, self.shape)) is None:
@@ -101,15 +100,6 @@ class Stored:
                 f"{self.where}: {found} of {box.numel} elements of {self.name} in {box} are stored",
                 hint="the layout records of the run were edited or mixed; restore the run folder",
             )
-
-
-def _rows(shape: Sequence[int], start: int, stop: int) -> Box:
-    """The whole rows of a tensor that elements of it, flattened, lie in."""
-    if not shape:
-        return Box((), ())
-    row = max(math.prod(shape[1:]), 1)
-    first, last = start // row, -(-stop // row)
-    return Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
 
 
 def _within(outer: Box, inner: Box) -> tuple[slice, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,23 @@ class TensorFile:
         raw = np.empty(out.size * torch_dtype(dtype).itemsize, np.uint8)
         self.file.fill(begin, bytes_of(raw))
         torch.from_numpy(out).copy_(torch.from_numpy(raw).view(DTYPES[dtype][1]))
+
+    def begin_of(self, expected: Iterable[tuple[str, str, int]]) -> int:
+        """The byte at which the numbers of some tensors begin, end to end: key, dtype, elements of each.
+
+        Raises:
+            StoreError: The file is damaged, or they are not there so.
+        """
+        first = at = -1
+        for key, dtype, numel in expected:
+            begin = self._begin(key, dtype, numel)
+            if at not in (-1, begin):
+                raise StoreError(
+                    f"{self.where}: expected {key} at byte {at}, found it at {begin}",
+                    hint="the format wants averages end to end; rewrite the file so, or read it with another reader",
+                )
+            first, at = begin if first < 0 else first, begin + torch_dtype(dtype).itemsize * numel
+        return max(first, 0)
 
     def check(self, expected: Sequence[tuple[str, str, int]]) -> None:
         """Read all of it, and prove that it holds these tensors and no others: key, dtype, elements.
