@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sharded_phema.errors import StoreError
 from sharded_phema.folder import of_each
 from sharded_phema.folder.contract import bytes_of
 from sharded_phema.losses import Losses
 from sharded_phema.source import Source
 from sharded_phema.store import Piece, Snapshot, Span, Spans
 from sharded_phema.stream import Stream
-from sharded_phema.tensorfile import DTYPES, torch_dtype
+from sharded_phema.tensorfile import DTYPES
 
 __all__ = ["Feed"]
 
@@ -32,8 +32,8 @@ class Feed:
 
     def __init__(self, losses: Losses) -> None:
         self._losses = losses
-        self._readers: dict[tuple[str, int], _Reader] = {}
-        self._spans: dict[int, Spans] = {}
+        self._readers: dict[int, _Reader] = {}  # by the identity of their sources, which they hold
+        self._spans: dict[int, Spans] = {}  # the same by layouts
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     @property
@@ -45,7 +45,7 @@ class Feed:
         """Fill an array with the pieces of each source, end to end, as float32.
 
         Args:
-            sources: What to read.
+            sources: What to read; the same objects at every call, since each goes on where it was.
             pieces: Which elements of them.
             rows: A contiguous array for each source, of as many elements.
 
@@ -53,20 +53,27 @@ class Feed:
             StoreError: A file is missing, cannot be read, or what was read of it before is damaged.
         """
         routes: dict[int, tuple[Span, ...]] = {}
-        shelves: dict[str, list[int]] = {}
-        for row, source in enumerate(sources):
-            shelves.setdefault(source.snapshot.name, []).append(row)
-            if id(source.snapshot.layout) not in routes:
-                routes[id(source.snapshot.layout)] = self._route(source.snapshot, pieces)
+        shelves: dict[str, list[tuple[_Reader, Row]]] = {}
+        for source, row in zip(sources, rows, strict=True):
+            reader = self._readers.get(id(source)) or self._begin(source)
+            shelves.setdefault(source.snapshot.name, []).append((reader, row))
+            if reader.layout not in routes:
+                routes[reader.layout] = self._route(source.snapshot, pieces)
 
-        def read(shelf: Sequence[int]) -> None:
-            with self._losses.reading(sources[shelf[0]].snapshot):
-                for row in shelf:
-                    self._reader(sources[row]).fill(routes[id(sources[row].snapshot.layout)], rows[row])
+        def read(shelf: Sequence[tuple[_Reader, Row]]) -> None:
+            reader = shelf[0][0]
+            try:
+                for reader, row in shelf:
+                    reader.fill(routes[reader.layout], row)
+            except StoreError as error:
+                self._losses.note(reader.snapshot, error)
+                raise
 
         # One thread a snapshot where storage is remote: its averages lie in the same files.
         if sources:
             of_each(sources[0].snapshot.root, read, [*shelves.values()])
+            if sum(reader.held_open for reader in self._readers.values()) > self._files:
+                self._each(_Reader.let_go)
 
     def finish(self) -> None:
         """Prove all that was given so far, and close the files.
@@ -89,38 +96,44 @@ class Feed:
         with self._losses.reading(snapshot):
             return self._spans.setdefault(id(snapshot.layout), Spans(snapshot.layout)).of(pieces)
 
-    def _reader(self, source: Source) -> _Reader:
-        key = source.snapshot.name, source.average
-        if key not in self._readers:
-            spans = self._spans[id(source.snapshot.layout)]
-            self._readers[key] = _Reader(source.snapshot, source.average, spans)
-        reader = self._readers[key]
-        reader.close_some(self._files // len(self._readers))
-        return reader
+    def _begin(self, source: Source) -> _Reader:
+        layout = source.snapshot.layout
+        self._readers[id(source)] = _Reader(source, self._spans.setdefault(id(layout), Spans(layout)))
+        return self._readers[id(source)]
 
 
-@dataclass
 class _Reader:
     """One stored average: a stream in each rank's file that is asked for something."""
 
-    snapshot: Snapshot
-    average: int
-    spans: Spans
-    bytes_read: int = 0
-    _streams: dict[int, tuple[Stream, int]] = field(default_factory=dict)
+    def __init__(self, source: Source, spans: Spans) -> None:
+        self.source, self.snapshot, self.layout = source, source.snapshot, id(source.snapshot.layout)
+        self._spans = spans
+        self._dtype = DTYPES[self.snapshot.record.dtype][1]
+        self._width, self._as_stored = self._dtype.itemsize, self._dtype == torch.float32
+        self._read_before = 0
+        self._streams: dict[int, tuple[Stream, int]] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read so far."""
+        return self._read_before + sum(stream.bytes_read for stream, _ in self._streams.values())
+
+    @property
+    def held_open(self) -> int:
+        """Files that may be open."""
+        return len(self._streams)
 
     def fill(self, route: Sequence[Span], row: Row) -> None:
-        dtype = self.snapshot.record.dtype
-        width, raw = torch_dtype(dtype).itemsize, bytes_of(row)
+        raw = memoryview(row).cast("B")  # type: ignore[arg-type]  # arrays are typed as buffers from Python 3.12 on
         for span in route:
             stream, origin = self._streams.get(span.rank) or self._begin(span.rank)
-            begin = origin + span.first * width
-            if span.strides is None and dtype == "float32":
+            begin = origin + span.first * self._width
+            if self._as_stored and span.strides is None:
                 stream.fill(begin, raw[span.begin * 4 : (span.begin + span.count) * 4])
             else:
-                read = np.empty(span.count * width, np.uint8)
+                read = np.empty(span.count * self._width, np.uint8)
                 stream.fill(begin, bytes_of(read))
-                _lay(torch.from_numpy(read).view(DTYPES[dtype][1]), span, torch.from_numpy(row))
+                _lay(torch.from_numpy(read).view(self._dtype), span, torch.from_numpy(row))
 
     def finish(self) -> None:
         for stream, _ in self._streams.values():
@@ -128,22 +141,20 @@ class _Reader:
         self.close()
 
     def close(self) -> None:
-        for stream, _ in self._streams.values():
-            self.bytes_read += stream.bytes_read
-            stream.close()
+        self._read_before = self.bytes_read
+        self.let_go()
         self._streams.clear()
 
-    def close_some(self, most: int) -> None:
-        """Hold at most so many files open; a stream that is closed goes on where it was."""
-        if len(self._streams) > most:
-            for stream, _ in self._streams.values():
-                stream.close()
+    def let_go(self) -> None:
+        """Close the files; streams go on where they were."""
+        for stream, _ in self._streams.values():
+            stream.close()
 
     def _begin(self, rank: int) -> tuple[Stream, int]:
         """A stream of a rank's file, and the byte at which this average begins there."""
         file, begin = self.snapshot.averages_of(rank)
-        held = int(self.spans.firsts(rank)[-1]) * torch_dtype(self.snapshot.record.dtype).itemsize
-        self._streams[rank] = Stream(file), begin + self.average * held
+        held = int(self._spans.firsts(rank)[-1]) * self._width
+        self._streams[rank] = Stream(file), begin + self.source.average * held
         return self._streams[rank]
 
 

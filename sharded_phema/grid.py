@@ -83,7 +83,7 @@ class Grid:
     def costs(self, averaged: Sequence[float], raw: Sequence[float]) -> NDArray[np.float64]:
         """Cost of each block, given that of an element of each averaged parameter and of each other tensor."""
         numel = np.diff(self.edges, axis=1)
-        totals = (np.asarray(averaged) @ numel) if len(numel) else np.zeros(0)
+        totals = np.asarray(averaged, np.float64) @ numel
         found = [np.empty(0)]
         # Within a rank a block counts by its elements: parameters that cost differently lie in all of them alike.
         for elements, total in zip(numel.sum(axis=0).tolist(), totals, strict=True):

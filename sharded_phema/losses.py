@@ -25,8 +25,12 @@ class Losses:
         try:
             yield
         except StoreError as error:
-            self.found.setdefault(snapshot.name, error.message)
+            self.note(snapshot, error)
             raise
+
+    def note(self, snapshot: Snapshot, error: StoreError) -> None:
+        """Note such a failure."""
+        self.found.setdefault(snapshot.name, error.message)
 
 
 def leaving_out(plan: Plan, again: Callable[[Run], Plan], act: Callable[[Plan, Losses], object]) -> Plan:

@@ -19,7 +19,7 @@ from sharded_phema.manifest import RunRecord
 from sharded_phema.store import Piece
 from sharded_phema.tensorfile import torch_dtype
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "flush"]
 
 OPEN_FILES = 128
 """Files that are held open at most."""
@@ -146,11 +146,25 @@ class Outputs:
         if path not in self._open:
             if len(self._open) >= OPEN_FILES:
                 _, oldest = self._open.popitem(last=False)
-                os.fsync(oldest)
-                os.close(oldest)
+                flush([oldest], path)
             self._open[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         self._open.move_to_end(path)
         return self._open[path]
+
+
+def flush(descriptors: Sequence[int], where: Path) -> None:
+    """Have open files on disk, and close them, whether or not that can be done.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    try:
+        with _failing(where):
+            for descriptor in descriptors:
+                os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 @contextmanager

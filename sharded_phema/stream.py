@@ -31,14 +31,15 @@ class Stream:
 
     file: BlockFile
     bytes_read: int = 0
-    _at: int = 0
-    _hash: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
-    _open: OpenFile | None = None
+    _at: int = field(init=False)
+    _end: int = field(init=False)
+    _hash: xxhash.xxh3_128 = field(init=False)
+    _known: int = field(init=False)
+    _open: OpenFile | None = field(default=None, init=False)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the file is held open."""
-        return self._open is not None
+    def __post_init__(self) -> None:
+        self._known = min(self.file.size, len(self.file.digests) * BLOCK_BYTES)
+        self._enter(0)
 
     def fill(self, begin: int, out: memoryview) -> None:
         """Fill memory with bytes of the file from ``begin`` on.
@@ -46,7 +47,8 @@ class Stream:
         Raises:
             StoreError: A block that passed is damaged, or the file is missing, short, or cannot be read.
         """
-        self.file.check_range(begin, len(out))
+        if begin + len(out) > self._known:
+            self.file.check_range(begin, len(out))
         if begin != self._at:
             self._move(begin)
         self._read(out)
@@ -57,8 +59,8 @@ class Stream:
         Raises:
             StoreError: As of ``fill``.
         """
-        end = min(-(-self._at // BLOCK_BYTES) * BLOCK_BYTES, self.file.size)
-        self._skip(end)
+        if self._at % BLOCK_BYTES:
+            self._skip(self._end)
 
     def close(self) -> None:
         """Close the file. The stream can go on: it opens it again."""
@@ -67,10 +69,9 @@ class Stream:
             self._open = None
 
     def _move(self, begin: int) -> None:
-        block = begin // BLOCK_BYTES
-        if self._at > begin or block != self._at // BLOCK_BYTES:
+        if not self._at <= begin < self._end:
             self.finish()
-            self._at, self._hash = block * BLOCK_BYTES, xxhash.xxh3_128()
+            self._enter(begin // BLOCK_BYTES * BLOCK_BYTES)
         self._skip(begin)
 
     def _skip(self, end: int) -> None:
@@ -84,11 +85,16 @@ class Stream:
         self._open.fill(self._at, out)
         self.bytes_read += len(out)
         while out:
-            index = self._at // BLOCK_BYTES
-            room = min((index + 1) * BLOCK_BYTES, self.file.size) - self._at
-            part, out = out[:room], out[room:]
+            room = self._end - self._at
+            part = out if len(out) <= room else out[:room]
             self._hash.update(part)
             self._at += len(part)
             if len(part) == room:
-                self.file.check_digest(index, self._hash.digest())
-                self._hash = xxhash.xxh3_128()
+                self.file.check_digest((self._end - 1) // BLOCK_BYTES, self._hash.digest())
+                self._enter(self._at)
+            out = out[len(part) :]
+
+    def _enter(self, begin: int) -> None:
+        """Begin with the block that begins there."""
+        self._at, self._end = begin, min(begin + BLOCK_BYTES, self.file.size)
+        self._hash = xxhash.xxh3_128()

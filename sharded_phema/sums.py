@@ -33,8 +33,8 @@ LEAST_STRIP = 1 << 12
 PAD = 256
 """Columns of every product that nobody asks for: kernels sum the last few, which fill no whole register, otherwise."""
 
-GROUP = 16
-"""Stored averages that are summed in one matrix product, a strip of each, while another of each is read (16 MiB)."""
+GROUP = 8
+"""Stored averages that are summed in one matrix product, a strip of each, while another of each is read (8 MiB)."""
 
 Precision = Literal["float32", "float64"]
 """What sums are made in."""
@@ -108,6 +108,7 @@ class Sums:
         rows, wide, local = min(GROUP, len(plan.sources)), strip + PAD, self._device.type == "cpu"
         # Zeros, since what is left over of an earlier strip is multiplied too.
         self._read = torch.zeros(2, rows, wide, pin_memory=not local)
+        self._rows = [[*rows.numpy()] for rows in self._read]
         as_read = local and precision == "float32"
         self._values = None if as_read else torch.zeros(rows, wide, dtype=self._dtype, device=self._device)
         self._sums = torch.empty(len(plan.targets), wide, dtype=self._dtype, device=self._device)
@@ -143,8 +144,9 @@ class Sums:
                 turn = 1 - turn
 
     def _fill(self, step: _Step) -> None:
-        rows = self._read[step.turn, : len(step.group), : step.job.numel]
-        self._feed.fill(step.group, step.job.pieces, [*rows.numpy()])
+        rows, numel = self._rows[step.turn], step.job.numel
+        some = [row[:numel] for row in rows] if numel < self.strip else rows
+        self._feed.fill(step.group, step.job.pieces, some[: len(step.group)])
 
     def _add(self, step: _Step) -> None:
         sums, values = self._sums[: len(step.job.targets)], self._read[step.turn, : len(step.group)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from sharded_phema.feed import Feed
 from sharded_phema.grid import Grid, Pieces, RawRange, grid_of, shares
 from sharded_phema.job import Job
 from sharded_phema.losses import Losses
-from sharded_phema.outputs import Outputs
+from sharded_phema.outputs import Outputs, flush
 from sharded_phema.recipe import Plan
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import Layout
@@ -168,12 +167,7 @@ class Work:
 
 def _noted(descriptors: Sequence[int], job: Job, blocks: Sequence[int]) -> None:
     """Have what was written on disk, and note it."""
-    try:
-        for descriptor in descriptors:
-            os.fsync(descriptor)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    flush(descriptors, job.out)
     for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in run]
         job.mark(numbers[0], numbers[-1] + 1)

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import sharded_phema.folder.disk
 import sharded_phema.folder.local
 from sharded_phema.errors import OutputError
+from sharded_phema.folder.temporary import temporary_name
 from sharded_phema.job import FORMAT, Job, begin, journals, place, records, shared
 from sharded_phema.seal import sealed
 
@@ -715,6 +716,14 @@ def test_a_process_elsewhere_that_gives_signs_while_it_finalizes_is_waited_for(t
     assert job.commit(lambda files: calls.append("this"))
     thread.join()
     assert calls == ["other"] and hidden(tmp_path / "out") == []
+
+
+def test_what_a_process_that_was_killed_as_it_finalized_left_is_in_its_place_again(tmp_path) -> None:
+    job = begun(tmp_path / "out")
+    job.mark(0, BLOCKS)
+    faults.in_child(lambda: job.files.rename(job.files.parent / temporary_name("files")) and None)
+    assert not job.files.exists() and begun(tmp_path / "out").files == job.files and job.files.is_dir()
+    assert job.commit(finalize)
 
 
 def test_a_process_that_was_suspended_while_it_finalized_and_was_taken_over_finds_the_output(tmp_path) -> None:

@@ -70,7 +70,7 @@ def given_by(stream: Stream, ranges: list[tuple[int, int]], closing: frozenset[i
     return found
 
 
-@examples(300)
+@examples(120)
 @given(reads(), st.frozensets(st.integers(0, 7)))
 def test_what_is_given_is_the_file_wherever_it_is_closed_meanwhile(case, closing) -> None:
     # Oracle: slices of the bytes.
@@ -84,7 +84,7 @@ def test_what_is_given_is_the_file_wherever_it_is_closed_meanwhile(case, closing
         read.close()
 
 
-@examples(300)
+@examples(120)
 @given(reads(), st.data())
 def test_a_damaged_byte_is_told_by_the_end_where_its_block_was_touched_and_nowhere_else(case, data) -> None:
     # Oracle: which blocks the ranges have bytes in. An empty range touches none; it may show damage all the same.
@@ -111,7 +111,7 @@ def test_a_damaged_byte_is_told_by_the_end_where_its_block_was_touched_and_nowhe
             read.close()
 
 
-@examples(300)
+@examples(120)
 @given(reads())
 def test_what_is_read_beyond_what_is_wanted_is_at_most_the_rest_of_two_blocks_a_jump(case) -> None:
     # A jump costs the rest of the block that is left, and the beginning of the one that is entered.
@@ -130,7 +130,7 @@ def test_what_is_read_beyond_what_is_wanted_is_at_most_the_rest_of_two_blocks_a_
         assert read.bytes_read <= wanted + gaps + BLOCK - 1, "forward, no byte is read twice"
 
 
-@examples(100)
+@examples(40)
 @given(reads(), st.lists(st.integers(1, 3 * BLOCK), max_size=5))
 def test_ranges_that_follow_each_other_read_the_file_once_in_as_many_requests(case, lengths) -> None:
     data, _ = case

@@ -122,6 +122,12 @@ class Job:
                     return self._work / name
         return None
 
+    def take_back(self) -> None:
+        """Give ``files`` their name again where the process that finalized them is dead for sure."""
+        standing = self.standing()
+        if standing and (writer := writer_of(standing.name)) and writer.is_dead:
+            renamed(standing, self.files)
+
     def is_placed(self) -> bool:
         """Whether the output of this job is what stands at ``out``: a folder that is renamed keeps its inode."""
         try:

@@ -59,6 +59,7 @@ def begin(
             check_free(out, force=force)
             if job:
                 sweep(partial)
+                job.take_back()
                 return job
             # Whoever comes first: what all go on with is what the next round finds.
             lay_out(partial, name, wanted, create)
