@@ -53,10 +53,19 @@ def test_the_python_interface_of_the_readme_works(folder) -> None:
     assert (folder / "out-python" / "decay-cosine-0.2" / "phema.json").is_file()
 
 
+def test_the_lines_of_the_readme_for_averages_of_ones_own_work(folder) -> None:
+    own = 'import torch\nnarrow, wide = {"w": torch.arange(3.0)}, {"w": torch.ones(3)}\n'
+    save, load = next(block for block in blocks("python") if "SnapshotWriter" in block).split("run = ")
+    check = '\nassert narrow["w"].tolist() == [0, 1, 2] and wide["w"].tolist() == [1, 1, 1]'
+    forget = '\nfor average in (narrow, wide):\n    average["w"].zero_()\nrun = '
+    done = run([sys.executable, "-c", own + save + forget + load + check], folder)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_resume_lines_of_the_readme_work(folder) -> None:
     script = blocks("python")[0].replace("run/ema", "again/ema")
     head, tail = script.split("with torch.no_grad()")
-    save, load = blocks("python")[2].strip().splitlines()
+    save, load = next(block for block in blocks("python") if '"ema": ema' in block).strip().splitlines()
     head = "import torch.distributed.checkpoint as dcp\n" + head.replace("range(1, 401)", "range(1, 8)")
     fresh = 'ema = PostHocEMA(model, "other/ema", sigma_rels=(0.05, 0.10))\n'
     check = "assert ema.t == 7\n"
