@@ -7,7 +7,7 @@ BUILD := from deepspeed.accelerator import get_accelerator as device; \
   [device().create_op_builder(op + 'Builder').load(verbose=False) for op in ('ShareMemComm', 'CPUAdam', 'FusedAdam')]
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint check bench clean
+.PHONY: help .venv demo test lint check bench fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ bench: .venv ## benchmarks, one table each
 	$(PY) benchmarks/accuracy.py
 	$(PY) benchmarks/retention.py
 	$(PY) benchmarks/snapshots.py
+
+fuzz: .venv ## give readers of run folders what a fuzzer makes up, for 3 minutes (failing inputs into runs/fuzz)
+	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install --quiet -c constraints.txt -e '.[fuzz]'
+	@mkdir -p runs/fuzz
+	$(PY) tests/fuzz.py -max_total_time=180 -artifact_prefix=runs/fuzz/
 
 clean: ## remove runs/demo, caches and build artefacts; .venv stays
 	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

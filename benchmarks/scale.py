@@ -65,7 +65,7 @@ def planned(ranks: int, tensors: int, snapshots: int, *, blocks: int = 2) -> dic
     text = timed(spent, "layout as JSON", lambda: encode(record))
     layout = timed(spent, "layout read back", lambda: Layout(decode(LayoutRecord, text, "layout"), run))
     timed(spent, "boxes of every tensor", lambda: [layout.averaged(index) for index in range(tensors)])
-    parts = tuple(Part(blocks << 22, ("0123456789abcdef" * 2,) * blocks) for _ in range(ranks))
+    parts = tuple(Part(blocks << 22, bytes(range(16)) * blocks) for _ in range(ranks))
     first = SnapshotRecord(run.run, SESSION, 0, 1.0, 0.0, parts, (1.0, 2.0), (0.5,))
     timed(spent, "record of one snapshot", lambda: encode(first))
     shelf = _shelf(run, record, text, [replace(first, snapshot=i, t=1.0 + i) for i in range(snapshots)])

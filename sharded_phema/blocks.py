@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import xxhash
@@ -12,10 +12,13 @@ from sharded_phema.errors import StoreError
 from sharded_phema.folder import Buffer, Folder, Want
 from sharded_phema.folder.contract import bytes_of
 
-__all__ = ["BLOCK_BYTES", "KEPT_BYTES", "BlockFile", "Digester", "blocks_of"]
+__all__ = ["BLOCK_BYTES", "DIGEST_BYTES", "KEPT_BYTES", "BlockFile", "Digester", "blocks_of"]
 
 BLOCK_BYTES = 4 << 20
 """Bytes of a file that share a digest; its last block may be shorter."""
+
+DIGEST_BYTES = 16
+"""Bytes of the XXH3-128 digest of a block."""
 
 KEPT = 16
 """Blocks that stay in memory after they were checked, over all files."""
@@ -30,7 +33,7 @@ class Digester:
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self._block, self._filled = block_bytes, 0
         self._running = xxhash.xxh3_128()
-        self._digests: list[str] = []
+        self._digests = bytearray()
 
     def through(self, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
         """The same pieces, seen on their way."""
@@ -39,9 +42,9 @@ class Digester:
             yield piece
 
     @property
-    def digests(self) -> tuple[str, ...]:
-        """Hexadecimal digests of the blocks so far, that of an unfinished one at the end."""
-        return (*self._digests, self._running.hexdigest()) if self._filled else tuple(self._digests)
+    def digests(self) -> bytes:
+        """Digests of the blocks so far end to end, that of an unfinished one last."""
+        return bytes(self._digests) + (self._running.digest() if self._filled else b"")
 
     def _see(self, view: memoryview) -> None:
         while view:
@@ -49,7 +52,7 @@ class Digester:
             self._running.update(part)
             self._filled += len(part)
             if self._filled == self._block:
-                self._digests.append(self._running.hexdigest())
+                self._digests += self._running.digest()
                 self._running, self._filled = xxhash.xxh3_128(), 0
 
 
@@ -58,7 +61,7 @@ def blocks_of(size: int, block_bytes: int = BLOCK_BYTES) -> int:
     return -(-size // block_bytes)
 
 
-_kept: OrderedDict[tuple[str, str, int, str], bytearray] = OrderedDict()
+_kept: OrderedDict[tuple[str, str, int, bytes], bytearray] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ class BlockFile:
         folder: Where it lies.
         name: The file.
         size: Its bytes.
-        digests: Of its blocks.
+        digests: Of its blocks, end to end.
     """
 
     folder: Folder
     name: str
     size: int
-    digests: Sequence[str] = field(repr=False)
+    digests: bytes = field(repr=False)
     _proven: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def fill(self, begin: int, out: memoryview) -> None:
@@ -116,7 +119,7 @@ class BlockFile:
         Raises:
             StoreError: They lie outside of the file, or blocks there have no digests.
         """
-        if begin + length > self.size or blocks_of(begin + length) > len(self.digests):
+        if begin + length > self.size or blocks_of(begin + length) * DIGEST_BYTES > len(self.digests):
             raise self._too_short()
 
     def check_digest(self, index: int, found: bytes) -> None:
@@ -125,16 +128,20 @@ class BlockFile:
         Raises:
             StoreError: It is damaged.
         """
-        if found.hex() != self.digests[index]:
+        if found != self.digest(index):
             first = index * BLOCK_BYTES
             raise StoreError(
                 f"{self.folder.url}: {self.name} is damaged between bytes {first} and {first + self._length(index)}: "
-                f"expected digest {self.digests[index]}, found {found.hex()}",
+                f"expected digest {self.digest(index).hex()}, found {found.hex()}",
                 hint="restore the file from a backup, or leave the snapshot out",
             )
 
+    def digest(self, index: int) -> bytes:
+        """XXH3-128 of a block, 16 bytes; none where the record holds no digest of such a block."""
+        return self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+
     def _fill_part(self, index: int, begin: int, part: memoryview) -> None:
-        key = (self.folder.url, self.name, index, self.digests[index] if index < len(self.digests) else "")
+        key = (self.folder.url, self.name, index, self.digest(index))
         if (kept := _kept.get(key)) is not None:
             start = begin - index * BLOCK_BYTES
             part[:] = kept[start : start + len(part)]
@@ -158,14 +165,14 @@ class BlockFile:
 
     def _length(self, index: int) -> int:
         length = min(BLOCK_BYTES, self.size - index * BLOCK_BYTES)
-        if length <= 0 or index >= len(self.digests):
+        if length <= 0 or not self.digest(index):
             raise self._too_short()
         return length
 
     def _too_short(self) -> StoreError:
         return StoreError(
-            f"{self.folder.url}: {self.name} has {self.size} bytes and {len(self.digests)} digests, and something "
-            "beyond is asked for",
+            f"{self.folder.url}: {self.name} has {self.size} bytes and {len(self.digests) // DIGEST_BYTES} digests, "
+            "and something beyond is asked for",
             hint="the records of the run were edited or mixed; restore the run folder",
         )
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import io
 import pickle
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from sharded_phema import errors
 from sharded_phema.background import on_thread
 from sharded_phema.errors import PhemaError, StoreError, check_number
 from sharded_phema.world import from_first, rank_and_size, tried
@@ -73,7 +76,7 @@ class Commits:
         return bool(self._refused)
 
     def exchange(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank. Values are small objects that can be pickled.
+        """Every rank's value, in rank order, on every rank. Values are numbers, texts, tuples, dataclasses of ours.
 
         Raises:
             StoreError: Ranks did not answer in time, and which; or the store cannot be reached.
@@ -218,7 +221,9 @@ def _connection() -> Any:
 def _told(error: Exception) -> PhemaError:
     """A failure in a form that reaches other processes."""
     if isinstance(error, PhemaError):
-        return error
+        # A class of somebody else's is none that the others read.
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return error if kind is type(error) else kind(error.message, hint=error.hint)
     return StoreError(f"{type(error).__name__}: {error}", hint="see the log of this rank for where it was raised")
 
 
@@ -250,4 +255,23 @@ def _text(value: object) -> str:
 
 
 def _object(text: bytes) -> Any:
-    return pickle.loads(base64.b64decode(text))
+    try:
+        return _Reader(io.BytesIO(base64.b64decode(text, validate=True))).load()
+    except Exception as error:
+        raise StoreError(
+            f"another process wrote into the key-value store what no rank of this job sends: {error}",
+            hint="see who else can reach the job's rendezvous port; earlier snapshots are intact",
+        ) from error
+
+
+class _Reader(pickle.Unpickler):
+    """Reads what ranks send each other, and calls nothing else: who reaches the store cannot run code here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A dataclass or an error of this package, of a module that is loaded."""
+        found = getattr(sys.modules.get(module), name, None) if module.startswith("sharded_phema.") else None
+        ours = isinstance(found, type) and (is_dataclass(found) or issubclass(found, PhemaError))
+        # Errors are made anew by that one function.
+        if ours or (found is not None and found is errors._rebuild):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} is not sent between ranks")

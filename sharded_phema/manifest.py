@@ -174,7 +174,7 @@ class FrozenRecord:
         number: Number of this store among the rank's own in the session, from 1.
         rank: Who stored them.
         size: Length of the tensor file in bytes.
-        digests: XXH3-128 of each block of the tensor file.
+        digests: XXH3-128 of each block of the tensor file, end to end; 16 bytes a block.
     """
 
     run: str
@@ -182,7 +182,7 @@ class FrozenRecord:
     number: int
     rank: int
     size: int = 0
-    digests: tuple[str, ...] = ()
+    digests: bytes = b""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -196,13 +196,13 @@ class Part:
 
     Attributes:
         size: Length of its tensor file in bytes; 0 where it has none.
-        digests: XXH3-128 of each block of the tensor file.
+        digests: XXH3-128 of each block of the tensor file, end to end; 16 bytes a block.
         frozen: Number of the rank's own store that holds its frozen tensors as they were then; 0 where they were
             those that the session found stored.
     """
 
     size: int = 0
-    digests: tuple[str, ...] = ()
+    digests: bytes = b""
     frozen: int = 0
 
 
@@ -234,4 +234,5 @@ class SnapshotRecord:
 
     def identity(self, rank: int) -> dict[str, str]:
         """What the tensor file of a rank says of itself, so that a swapped or stale one is told."""
-        return {"run": self.run, "session": self.session, "snapshot": str(self.snapshot), "rank": str(rank)}
+        facts = {key: str(getattr(self, key)) for key in ("run", "session", "snapshot")}
+        return facts | {"t": repr(float(self.t)), "rank": str(rank)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from sharded_phema.blocks import BLOCK_BYTES, BlockFile
+from sharded_phema.blocks import BLOCK_BYTES, DIGEST_BYTES, BlockFile
 from sharded_phema.folder import OpenFile
 
 __all__ = ["Stream"]
@@ -38,7 +38,7 @@ class Stream:
     _open: OpenFile | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._known = min(self.file.size, len(self.file.digests) * BLOCK_BYTES)
+        self._known = min(self.file.size, len(self.file.digests) // DIGEST_BYTES * BLOCK_BYTES)
         self._enter(0)
 
     def fill(self, begin: int, out: memoryview) -> None:

@@ -108,7 +108,7 @@ class Sums:
         rows, wide, local = min(GROUP, len(plan.sources)), strip + PAD, self._device.type == "cpu"
         # Zeros, since what is left over of an earlier strip is multiplied too.
         self._read = torch.zeros(2, rows, wide, pin_memory=not local)
-        self._rows = [[*rows.numpy()] for rows in self._read]
+        self._rows = [[*rows[:, :strip].numpy()] for rows in self._read]
         as_read = local and precision == "float32"
         self._values = None if as_read else torch.zeros(rows, wide, dtype=self._dtype, device=self._device)
         self._sums = torch.empty(len(plan.targets), wide, dtype=self._dtype, device=self._device)

@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Any, get_args, get_origin, get_type_hints
 
+from sharded_phema.blocks import DIGEST_BYTES
 from sharded_phema.errors import StoreError
 from sharded_phema.manifest import VERSION, R, Record
 from sharded_phema.seal import sealed, unsealed
@@ -49,6 +50,8 @@ def _plain(value: Any) -> Any:
     """A record as what JSON knows."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, tuple):
         # Edges of cuts come by the million.
         return list(value) if value and type(value[0]) in (int, str, float) else [_plain(item) for item in value]
@@ -66,12 +69,12 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if (item_hint := _item(hint)) is not None:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, found {_shown(value)}")
-        # Edges of cuts and digests of blocks come by the million.
+        # Edges of cuts come by the million.
         kinds = {*map(type, value)}
         if kinds == {item_hint} and (item_hint is str or (item_hint is int and min(value) >= 0)):
             return tuple(value)
         return tuple(_typed(item_hint, item, where) for item in value)
-    return _scalar(hint, value, where)
+    return _digests(value, where) if hint is bytes else _scalar(hint, value, where)
 
 
 @functools.cache
@@ -84,6 +87,18 @@ def _item(hint: Any) -> Any:
 def _hints(kind: type) -> dict[str, Any]:
     # Parts of snapshots come by the thousand, and annotations are slow to look up.
     return get_type_hints(kind)
+
+
+def _digests(value: Any, where: str) -> bytes:
+    """Digests of blocks, which come by the million: one text, hexadecimal, in the one way in which it is written."""
+    try:
+        found = bytes.fromhex(value) if isinstance(value, str) else None
+    except ValueError:
+        found = None
+    if found is None or len(found) % DIGEST_BYTES or found.hex() != value:
+        digits = f"a multiple of {2 * DIGEST_BYTES} hexadecimal digits in lower case"
+        raise ValueError(f"{where} must be a text of {digits}, found {_shown(value)}")
+    return found
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:

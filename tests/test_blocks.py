@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_phema import blocks
-from sharded_phema.blocks import BlockFile, Digester, blocks_of
+from sharded_phema.blocks import DIGEST_BYTES, BlockFile, Digester, blocks_of
 from sharded_phema.errors import StoreError
 from sharded_phema.folder import Want
 
@@ -43,8 +43,8 @@ class Memory:
             want.out[:] = self.data[want.begin : end]
 
 
-def digests_of(data: bytes) -> tuple[str, ...]:
-    return tuple(xxhash.xxh3_128_hexdigest(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK))
+def digests_of(data: bytes) -> bytes:
+    return b"".join(xxhash.xxh3_128_digest(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK))
 
 
 def made(size: int, seed: int = 1) -> tuple[Memory, BlockFile]:
@@ -70,7 +70,7 @@ def test_digests_are_those_of_the_blocks_however_the_file_is_cut_into_pieces(dat
     digester = Digester(BLOCK)
     assert b"".join(digester.through(pieces)) == data
     assert digester.digests == digests_of(data) == digester.digests
-    assert len(digester.digests) == blocks_of(len(data), BLOCK)
+    assert len(digester.digests) == DIGEST_BYTES * blocks_of(len(data), BLOCK)
 
 
 @examples(100)
@@ -147,7 +147,8 @@ def test_bytes_beyond_the_end_are_refused_before_anything_is_read(begin, end):
 
 def test_a_record_with_too_few_digests_is_refused():
     memory, file = made(40)
-    short = BlockFile(memory, file.name, 40, file.digests[:2])
+    short = BlockFile(memory, file.name, 40, file.digests[: 2 * DIGEST_BYTES])
+    assert (short.digest(1), short.digest(2)) == (xxhash.xxh3_128_digest(memory.data[16:32]), b"")
     assert read(short, 0, 32) == bytes(memory.data[:32])
     for act in (short.check, lambda: read(short, 32, 33)):
         with pytest.raises(StoreError, match="40 bytes and 2 digests"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,14 @@ from sharded_phema import commit
 from sharded_phema.background import Background
 from sharded_phema.commit import Commits
 from sharded_phema.errors import OrderError, PhemaError, StoreError, TargetError
+from sharded_phema.manifest import Part
+from sharded_phema.secretary import Report
+from sharded_phema.store import open_run
+
+
+class Mine(StoreError):
+    """An error of somebody else's."""
+
 
 AMPLE_S, SHORT_S = 60.0, 1.0
 """Timeouts of exchanges: one that no machine is too slow for, and one that is meant to pass."""
@@ -264,6 +274,74 @@ def test_one_process_needs_no_group() -> None:
     with pytest.raises(StoreError, match="rank 0: disk full") as caught:
         commits.agree(lambda: fail(StoreError("disk full", hint="make room")))
     assert isinstance(caught.value.__cause__, StoreError) and caught.value.hint == "make room"
+
+
+class Reduced:
+    """Unpickles as a call."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
+
+
+def text_of(code: str) -> bytes:
+    """A pickle that asks for one global."""
+    module, name = code.split(":")
+    return base64.b64encode(f"c{module}\n{name}\n.".encode())
+
+
+def test_what_ranks_send_each_other_comes_back() -> None:
+    report = Report(Part(7, bytes(16), 2), (1.0, 2.0), (), (1 << 60, 3))
+    for value in (report, [(None, report)], commit._Verdict((), None), ("x", b"y", 1.5, None, (1, 2))):
+        assert commit._object(commit._text(value).encode()) == value
+    for kind in PhemaError.__subclasses__():
+        found = commit._object(commit._text(kind("why", hint="mend")).encode())
+        assert (type(found), found.message, found.hint) == (kind, "why", "mend")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Reduced(os.system, "touch /tmp/never"),
+        Reduced(eval, "1"),
+        Reduced(getattr, Report, "__init__"),
+        Reduced(open_run, "."),
+        Reduced(commit._text, 1),
+        ValueError("foreign"),
+        Mine("foreign", hint="-"),
+    ],
+    ids=["command", "eval", "getattr", "ours to open", "ours to write", "builtin error", "foreign error"],
+)
+def test_nothing_is_called_that_ranks_do_not_send(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail("called"))
+    with pytest.raises(StoreError, match="is not sent between ranks"):
+        commit._object(commit._text(value).encode())
+
+
+@pytest.mark.parametrize(
+    "code", ["posix:system", "sharded_phema.commit:os.system", "sharded_phema.cli:main", "sharded_phema.errors:math",
+             "sharded_phemax:x", "sharded_phema.errors:check_number", "sharded_phema.nowhere:Report"]
+)  # fmt: skip
+def test_no_function_or_foreign_name_is_found_and_no_module_is_loaded_for_it(code: str) -> None:
+    before = {*sys.modules}
+    with pytest.raises(StoreError, match="is not sent between ranks"):
+        commit._object(text_of(code))
+    assert {*sys.modules} == before
+
+
+@pytest.mark.parametrize("text", [b"", b"%%%", b"gA==", base64.b64encode(b"\x80\x04\x95garbage")])
+def test_what_is_no_message_is_an_error_of_ours(text: bytes) -> None:
+    with pytest.raises(StoreError, match="what no rank of this job sends") as caught:
+        commit._object(text)
+    assert caught.value.hint
+
+
+def test_a_failure_of_somebody_elses_class_is_told_as_what_it_derives_from() -> None:
+    with pytest.raises(StoreError, match="rank 0: their disk is full") as caught:
+        Commits(AMPLE_S).agree(lambda: fail(Mine("their disk is full", hint="make room")))
+    assert type(caught.value) is StoreError and caught.value.hint == "make room"
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), "600", None])

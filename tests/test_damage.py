@@ -338,12 +338,14 @@ EDITS: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "another run": ("snapshot", lambda data: data.update(run="0" * 32)),
     "another session": ("snapshot", lambda data: data.update(session="0" * 12)),
     "another number": ("snapshot", lambda data: data.update(snapshot=7)),
+    "another time": ("snapshot", lambda data: data.update(t=data["t"] + 2.0)),
     "a later start": ("snapshot", lambda data: data.update(start=11.0)),
     "another size": ("snapshot", lambda data: data["parts"][0].update(size=data["parts"][0]["size"] - 1)),
     "a huge size": ("snapshot", lambda data: data["parts"][0].update(size=10**15)),
     "a part less": ("snapshot", lambda data: data["parts"].pop()),
-    "another digest": ("snapshot", lambda data: data["parts"][0].update(digests=["0" * 32])),
-    "no digests": ("snapshot", lambda data: data["parts"][0].update(digests=[])),
+    "another digest": ("snapshot", lambda data: data["parts"][0].update(digests="0" * 32)),
+    "half a digest": ("snapshot", lambda data: data["parts"][0].update(digests="0" * 16)),
+    "no digests": ("snapshot", lambda data: data["parts"][0].update(digests="")),
     "another store": ("snapshot", lambda data: data["parts"][0].update(frozen=9)),
     "norms of more averages": ("snapshot", lambda data: data.update(norms=[1.0] * 9)),
     "a path as session": ("snapshot", lambda data: data.update(session="../../../etc")),
@@ -430,7 +432,7 @@ def test_a_header_that_claims_to_be_huge_takes_no_memory(copied) -> None:
         text = tensors.read_bytes()
         tensors.write_bytes(claim.to_bytes(8, "little") + text[8:])
         digest = xxhash.xxh3_128_hexdigest(tensors.read_bytes())
-        resealed(record, lambda data, digest=digest: data["parts"][0].update(digests=[digest]))
+        resealed(record, lambda data, digest=digest: data["parts"][0].update(digests=digest))
         tracemalloc.start()
         assert_told_and_harmless(root, truth)
         assert tracemalloc.get_traced_memory()[1] < 32 << 20

@@ -45,10 +45,10 @@ def boxes(cut: dict[str, Any], shape: list[int]) -> dict[int, list[tuple[slice, 
 class Part:
     """A tensor file whose blocks and identity are right."""
 
-    def __init__(self, path: Path, size: int, digests: list[str], identity: dict[str, object]) -> None:
+    def __init__(self, path: Path, size: int, digests: str, identity: dict[str, object]) -> None:
         data = path.read_bytes()
         assert len(data) == size
-        assert [xxhash.xxh3_128_hexdigest(data[i : i + BLOCK]) for i in range(0, size, BLOCK)] == digests
+        assert "".join(xxhash.xxh3_128_hexdigest(data[i : i + BLOCK]) for i in range(0, size, BLOCK)) == digests
         self.file = safe_open(path, "pt")
         assert self.file.metadata() == {key: str(value) for key, value in identity.items()}
 
@@ -80,7 +80,7 @@ def read_snapshot(root: Path, folder: str) -> dict[str, torch.Tensor]:
     assert xxhash.xxh3_64_hexdigest((root / name).read_bytes()) == session["layout"]
     parts = {}
     for rank, part in enumerate(facts["parts"]):
-        identity = {key: facts[key] for key in ("run", "session", "snapshot")} | {"rank": rank}
+        identity = {key: facts[key] for key in ("run", "session", "snapshot")} | {"t": repr(facts["t"]), "rank": rank}
         if part["size"]:
             parts[rank] = Part(root / f"{folder}/rank-{rank:05d}.safetensors", part["size"], part["digests"], identity)
     found = {}

@@ -57,7 +57,7 @@ def test_the_lines_that_load_an_average_into_a_model_work(folder) -> None:
     script = (
         "import torch\nfrom torch import nn\nfrom safetensors.torch import load_file\n"
         "model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))\n"
-        + blocks("python")[2]
+        + next(block for block in blocks("python") if "load_into" in block)
         + "stored = load_file('out-large/0.12/model.safetensors')\n"
         "assert all(torch.equal(p, stored[n]) for n, p in model.named_parameters())\n"
     )
@@ -65,10 +65,19 @@ def test_the_lines_that_load_an_average_into_a_model_work(folder) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_lines_of_the_readme_for_averages_of_ones_own_work(folder) -> None:
+    own = 'import torch\nnarrow, wide = {"w": torch.arange(3.0)}, {"w": torch.ones(3)}\n'
+    save, load = next(block for block in blocks("python") if "SnapshotWriter" in block).split("run = ")
+    check = '\nassert narrow["w"].tolist() == [0, 1, 2] and wide["w"].tolist() == [1, 1, 1]'
+    forget = '\nfor average in (narrow, wide):\n    average["w"].zero_()\nrun = '
+    done = run([sys.executable, "-c", own + save + forget + load + check], folder)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_resume_lines_of_the_readme_work(folder) -> None:
     script = blocks("python")[0].replace("run/ema", "again/ema")
     head, tail = script.split("with torch.no_grad()")
-    save, load = blocks("python")[3].strip().splitlines()
+    save, load = next(block for block in blocks("python") if '"ema": ema' in block).strip().splitlines()
     head = "import torch.distributed.checkpoint as dcp\n" + head.replace("range(1, 401)", "range(1, 8)")
     fresh = 'ema = PostHocEMA(model, "other/ema", sigma_rels=(0.05, 0.10))\n'
     check = "assert ema.t == 7\n"

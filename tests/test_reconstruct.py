@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,17 +26,15 @@ import torch
 from builders import Division, listing, new_run, new_session, no_flush, numbers, same_bits, store, tensors_of
 from commands import run
 from object_store import BUCKET
-from ranks import _mp as processes
 from ranks import run_ranks
 from torch import Tensor, nn
-from worlds import cuts, random_holding
+from worlds import random_holding
 
 from sharded_phema import feed, grid, outputs, sums, work
 from sharded_phema.errors import OutputError, StoreError
-from sharded_phema.folder import disk
 from sharded_phema.grid import RawRange
 from sharded_phema.job import begin
-from sharded_phema.layout import Box, boxes_of_flat_range
+from sharded_phema.layout import Box, boxes_of_flat_range, whole
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.rebuild import preview, reconstruct
 from sharded_phema.recipe import Plan
@@ -193,8 +192,8 @@ def test_every_column_of_a_product_that_is_asked_for_is_summed_alike(columns, pr
     # Oracle: all columns are the same, so that all sums must be. What is not asked for stands behind them.
     generator = torch.Generator().manual_seed(0)
     with sums.one_thread():
-        for targets in (*range(1, 18), 31, 64):
-            for sources in (1, 2, 3, 7, 8, 15, sums.GROUP):
+        for targets in (*range(1, 10), 31) if columns == 1 << 12 else (1, 2, 5, 31):
+            for sources in (1, 2, 7, 8, 16):
                 weights = torch.randn(targets, sources, generator=generator, dtype=precision)
                 values = torch.randn(sources, columns + sums.PAD, generator=generator, dtype=precision)
                 values[:, :columns] = values[:, :1]
@@ -272,6 +271,7 @@ def slowed(real: Callable[..., int]) -> Callable[..., int]:
 
 def killed(words: list[str], dies: tuple[str, int], values: dict[str, int] = SLICES) -> int | None:
     """Exit code of a process that is killed at some moment: less than 0 if it was."""
+    processes = multiprocessing.get_context("fork")  # as little time as may be before the moment
     here, there = processes.Pipe(duplex=False)
     process = processes.Process(target=child, args=(words, values, dies, there))
     process.start()
@@ -283,7 +283,7 @@ def killed(words: list[str], dies: tuple[str, int], values: dict[str, int] = SLI
     return process.exitcode
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_bytes(world, reference, tmp_path, seed) -> None:
     # Oracle: the run that nobody disturbed. Each time as many ranks as before or others; the last one is left alone.
     rng, out, deaths = Random(seed), tmp_path / "out", 0
@@ -310,7 +310,7 @@ def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_bytes(world,
 def test_what_was_noted_as_done_is_not_read_again(world, reference, tmp_path, monkeypatch, workers) -> None:
     # Oracle: the blocks that the journal lacks, and what they cost by the plan. The second time with other workers.
     root, out = world("rows of 3"), tmp_path / "out"
-    assert killed(command(root, out), ("pwrite", 6 * 12)) == -signal.SIGKILL
+    assert killed(command(root, out), ("pwrite", 12 * len(TARGETS) * 4)) == -signal.SIGKILL
     slices(monkeypatch, SLICES)
     options: dict[str, Any] = {"tolerance": "exact", "movement": "constant"}
     prepared = preview(root, TARGETS, out=out, **options)
@@ -393,18 +393,20 @@ for root in sys.argv[3:]:
 
 
 def test_memory_stays_within_the_budget_and_does_not_grow_with_the_number_of_snapshots(tmp_path) -> None:
-    # Oracle: the system's own count. Runs of 2 and 6 snapshots of 32 M elements: 256 and 768 MiB.
-    numel, budget = 32 << 20, 128 << 20
-    division = Division(((numel // 4096, 4096),), ([((Box((0, 0), (numel // 4096, 4096)),), 0)],))
-    values = np.random.default_rng(0).standard_normal(numel, np.float32).reshape(division.shapes[0])
-    for snapshots in (2, 6):
-        root = tmp_path / f"{snapshots}"
+    # Oracle: the system's own count, of runs of 160, 480 and 400 MiB: many small snapshots, and a large model.
+    budget = 80 << 20
+    for name, snapshots, numel in (("few", 20, 2 << 20), ("many", 60, 2 << 20), ("large", 2, 50 << 20)):
+        root, shape = tmp_path / name, (numel // 4096, 4096)
+        division = Division((shape,), ([((whole(shape),), 0)],))
+        values = np.random.default_rng(0).standard_normal(numel, np.float32).reshape(shape)
         new_run(root, division, labels=("power:gamma=6",))
         new_session(root, division)
-        for number in range(snapshots):
-            store(root, division, {"power:gamma=6": [values]}, t=number + 1.0, number=number)
+        with mock.patch("builders.squared_norms", lambda layouts: ((), ())):
+            for number in range(snapshots):
+                store(root, division, {"power:gamma=6": [values]}, t=number + 1.0, number=number)
     del values
-    words = [sys.executable, "-c", _MEASURED, tmp_path / "out", str(budget), tmp_path / "2", tmp_path / "6"]
+    roots = [tmp_path / name for name in ("few", "many", "large")]
+    words = [sys.executable, "-c", _MEASURED, tmp_path / "out", str(budget), *roots]
     done = subprocess.run(
         [*map(str, words)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -414,11 +416,13 @@ def test_memory_stays_within_the_budget_and_does_not_grow_with_the_number_of_sna
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    few, many = (1024 * int(word) for word in done.stdout.split())
-    shutil.rmtree(tmp_path / "out")
-    assert many < budget + (300 << 20)
-    # Each source more takes two strips of 512 KiB.
+    few, many, large = (1024 * int(word) for word in done.stdout.split())
+    for path in (*roots, tmp_path / "out"):
+        shutil.rmtree(path)
+    assert large < budget + (300 << 20)
+    # What is read together is 16 averages at most; records and digests of 40 snapshots more are small.
     assert many - few < 16 << 20
+    assert large - many < 32 << 20, "as the model of 8 MiB, and not of 200"
 
 
 # Damage.
@@ -491,15 +495,15 @@ def test_a_snapshot_that_the_disk_does_not_give_back_is_left_out_too(damaged, tm
     # A bad sector of the run is no full disk under the output: nobody goes on from there.
     shutil.rmtree(damaged.root)
     stored(damaged.root, rows(3))
-    real = disk.fill_range
+    real = os.preadv
 
-    def fill_range(path: str, *args: Any) -> None:
-        if damaged.name in path:
+    def preadv(descriptor: int, *args: Any) -> int:
+        if damaged.name in os.readlink(f"/proc/self/fd/{descriptor}") and args[1] > 100_000:
             raise OSError(errno.EIO, "Input/output error")
-        real(path, *args)
+        return real(descriptor, *args)
 
     slices(monkeypatch, SLICES)
-    monkeypatch.setattr("sharded_phema.folder.local_file.fill_range", fill_range)
+    monkeypatch.setattr(os, "preadv", preadv)
     plan = rebuilt(damaged.root, tmp_path / "out")
     assert [Path(lost.name).name for lost in plan.left_out] == [damaged.name]
     assert models_of(listing(tmp_path / "out")) == models_of(damaged.less)

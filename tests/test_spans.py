@@ -129,7 +129,9 @@ def test_any_pieces_of_any_world_come_back_as_they_were_stored(division, dtype, 
 
 
 @examples(100)
-@given(any_worlds(), st.integers(1, 5), st.integers(1, 40), st.sampled_from(["float32", "bfloat16", "float16"]), st.data())
+@given(
+    any_worlds(), st.integers(1, 5), st.integers(1, 40), st.sampled_from(["float32", "bfloat16", "float16"]), st.data()
+)
 def test_the_grid_of_one_world_reads_what_another_stored(division, ranks, block, dtype, data) -> None:
     # Oracle: the whole arrays. One session stored with each world; the blocks are those of the first.
     seed = data.draw(st.integers(0, 10**6))

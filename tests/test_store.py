@@ -132,7 +132,8 @@ def test_every_rank_file_is_a_safetensors_file_of_its_boxes(division):
             assert snapshot.facts.parts[rank].size == path.stat().st_size
             with safe_open(path, "np") as file:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-                assert file.metadata() == {"run": "run", "session": "s0", "snapshot": "0", "rank": str(rank)}
+                facts = {"run": "run", "session": "s0", "snapshot": "0", "t": "10.0", "rank": str(rank)}
+                assert file.metadata() == facts
             assert found.keys() == expected.keys()
             for key, array in expected.items():
                 np.testing.assert_array_equal(found[key], array, strict=True)
@@ -283,6 +284,16 @@ def test_a_tensor_file_of_another_snapshot_is_named(root):
     assert "expected digest" in complaint(root, victim_of(root))
     forge(victim_of(root), victim_of(root, number=1).read_bytes())
     assert "'snapshot': '1'" in complaint(root, victim_of(root))
+
+
+def test_a_time_edited_in_a_record_is_named(root):
+    # Its place in the order of snapshots stays, so that nothing but the tensor files can tell.
+    stored_run(root, TWO_RANKS, snapshots=2)
+    commit = root / names.snapshot_file(names.snapshot_folder("s0", 0))
+    edit(SnapshotRecord, commit, t=math.nextafter(10.0, 11.0))
+    assert "'t': '10.0'" in complaint(root, victim_of(root, 0))
+    edit(SnapshotRecord, commit, t=10.0)
+    open_run(root).snapshots[0].check()
 
 
 def test_a_tensor_file_of_another_run_is_named(root):

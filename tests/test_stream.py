@@ -43,7 +43,9 @@ def file_of(folder: str, data: bytes, digests: int | None = None) -> BlockFile:
     return BlockFile(open_folder(folder), "file", len(data), tuple(every[:digests]))
 
 
-sizes = st.one_of(st.integers(1, 6 * BLOCK), st.builds(lambda n, off: n * BLOCK + off, st.integers(1, 6), st.integers(-1, 1)))
+sizes = st.one_of(
+    st.integers(1, 6 * BLOCK), st.builds(lambda n, off: n * BLOCK + off, st.integers(1, 6), st.integers(-1, 1))
+)
 
 
 @st.composite
@@ -140,7 +142,9 @@ def test_ranges_that_follow_each_other_read_the_file_once_in_as_many_requests(ca
         file = file_of(folder, data)
         read, asked = Stream(file), []
         opened = file.folder.open("file")
-        with mock.patch.object(type(opened), "fill", lambda self, begin, view: asked.append((begin, begin + len(view)))):
+        with mock.patch.object(
+            type(opened), "fill", lambda self, begin, view: asked.append((begin, begin + len(view)))
+        ):
             # What is asked for, not what it is: zeros are no such file.
             with mock.patch.object(BlockFile, "check_digest", lambda *_: None):
                 given_by(read, ranges)

@@ -62,16 +62,16 @@ sessions = st.builds(
     frozen_from=st.text(),
     frozen_numbers=sizes,
 )
-texts = st.lists(st.text(), max_size=3).map(tuple)
+digests = st.lists(st.binary(min_size=16, max_size=16), max_size=3).map(b"".join)
 numbers = st.lists(finite, max_size=3).map(tuple)
 held = st.lists(st.lists(boxes, max_size=3).map(tuple), max_size=3).map(tuple)
 cuts = st.lists(st.builds(Cut, counts, sizes, sizes, held), max_size=2).map(tuple)
 layouts = st.builds(LayoutRecord, st.text(), counts, cuts, cuts, cuts)
-parts = st.lists(st.builds(Part, counts, texts, counts), max_size=3).map(tuple)
+parts = st.lists(st.builds(Part, counts, digests, counts), max_size=3).map(tuple)
 snapshots = st.builds(
     SnapshotRecord, st.text(), st.text(), counts, finite, finite, parts, numbers, numbers, frozen_mark=st.text()
 )
-frozen = st.builds(FrozenRecord, st.text(), st.text(), counts, counts, counts, texts)
+frozen = st.builds(FrozenRecord, st.text(), st.text(), counts, counts, counts, digests)
 claims = st.builds(ClaimRecord, st.text(), counts, st.text(), counts, st.text())
 records = st.one_of(runs, sessions, layouts, snapshots, frozen, claims)
 KINDS = (RunRecord, SessionRecord, LayoutRecord, SnapshotRecord, FrozenRecord, ClaimRecord)
@@ -82,7 +82,8 @@ anything = st.recursive(
     max_leaves=6,
 )
 SESSION = SessionRecord("r", "s", "", 2.5, 4, "l")
-SNAPSHOT = SnapshotRecord("r", "s", 3, 40.0, 1.0, (Part(128, ("d",), 1),))
+SNAPSHOT = SnapshotRecord("r", "s", 3, 40.0, 1.0, (Part(128, bytes(range(16)), 1),))
+FROZEN = FrozenRecord("r", "s", 1, 0, 8)
 
 
 def bits(value):
@@ -186,8 +187,8 @@ def cut_data(**changes):
         (SNAPSHOT, "snapshot", "1", "snapshot must be int"),
         (SNAPSHOT, "snapshot", None, "snapshot must be int"),
         (SNAPSHOT, "snapshot", -1, "snapshot must not be negative"),
-        (SNAPSHOT, "parts", [{"size": -128, "digests": [], "frozen": 0}], "size must not be negative"),
-        (SNAPSHOT, "parts", [{"size": 128, "digests": [7], "frozen": 0}], "digests must be str"),
+        (SNAPSHOT, "parts", [{"size": -128, "digests": "", "frozen": 0}], "size must not be negative"),
+        (SNAPSHOT, "parts", [{"size": 128, "digests": 7, "frozen": 0}], "digests must be a text of a multiple of 32"),
         (SNAPSHOT, "parts", [{"size": 128}], "parts needs exactly"),
         (SNAPSHOT, "parts", {}, "parts must be a list"),
         (SNAPSHOT, "norms", ["1"], "norms must be float"),
@@ -207,7 +208,13 @@ def cut_data(**changes):
         (LayoutRecord("r", 1, ()), "averaged", [cut_data(edges=[0, -1])], "edges must not be negative"),
         (LayoutRecord("r", 1, ()), "averaged", [cut_data(edges=[0, 2.0])], "edges must be int"),
         (LayoutRecord("r", 1, ()), "averaged", [cut_data(boxes=[[{"offsets": [0], "sizes": 1}]])], "must be a list"),
-        (FrozenRecord("r", "s", 1, 0, 8, ()), "digests", "abc", "digests must be a list"),
+        (FROZEN, "digests", ["0" * 32], "digests must be a text"),
+        (FROZEN, "digests", "0" * 31, "digests must be a text"),
+        (FROZEN, "digests", "0" * 48, "digests must be a text"),
+        (FROZEN, "digests", "g" * 32, "digests must be a text"),
+        (FROZEN, "digests", "A" * 32, "digests must be a text"),
+        (FROZEN, "digests", "0 " * 32, "digests must be a text"),
+        (FROZEN, "digests", "\u0660" * 32, "digests must be a text"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_and_placed(record, key, value, text):

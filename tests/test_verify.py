@@ -11,6 +11,7 @@ from torch import nn
 
 from sharded_phema.errors import StoreError
 from sharded_phema.posthoc import PostHocEMA
+from sharded_phema.seal import sealed
 from sharded_phema.store import open_run
 from sharded_phema.verify import verify
 
@@ -44,6 +45,17 @@ def test_what_is_damaged_and_what_is_extra_is_named_and_exits_1(root: Path) -> N
     assert done.returncode == 1 and list(found["damaged"]) == [name] and found["extra"] == ["notes.txt"]
     table = run("verify", root)
     assert table.returncode == 1 and "2 not as written" in table.stdout and "no record names it" in table.stdout
+
+
+def test_a_time_that_was_edited_in_a_record_is_told_by_the_tensor_file(root: Path) -> None:
+    name = open_run(root).snapshots[0].name
+    path = root / name / "snapshot.json"
+    data = json.loads(path.read_bytes())
+    del data["digest"]
+    path.write_bytes(sealed(data | {"t": 1.5}))
+    (damaged,) = verify(root).damaged
+    assert damaged.name == f"{name}/rank-00000.safetensors"
+    assert "'t': '1.5'" in damaged.reason and "'t': '1.0'" in damaged.reason
 
 
 def test_what_writers_that_were_killed_leave_behind_is_reported_and_no_fault(root: Path) -> None:

@@ -35,7 +35,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     dtypes: Mapping[str, str],
     metadata: Mapping[str, str],
-) -> tuple[int, tuple[str, ...]]:
+) -> tuple[int, bytes]:
     """Write a safetensors file. Nothing longer than a chunk is made meanwhile, but for copies of strided tensors.
 
     Args:
@@ -46,7 +46,7 @@ def write_tensors(
         metadata: What the file says of itself.
 
     Returns:
-        Its length in bytes, and the digest of each block.
+        Its length in bytes, and the digests of its blocks end to end.
 
     Raises:
         StoreError: It cannot be written, or a finite number is too large for the dtype.
