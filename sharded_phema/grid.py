@@ -109,8 +109,9 @@ def grid_of(layout: Layout) -> Grid:
 def _edges(cut: Cut, shape: tuple[int, ...], ranks: int) -> Ints:
     """Where each rank's part of a flattened parameter begins, and the last one's ends."""
     numel = math.prod(shape)
-    if cut.edges and cut.dim == 0:
-        return np.array(cut.edges, np.int64) * math.prod(shape[1:])
+    # Rows of the first dimension, or of the first one that has more than one.
+    if cut.edges and math.prod(shape[: cut.dim]) == 1:
+        return np.array(cut.edges, np.int64) * math.prod(shape[cut.dim + 1 :])
     if not cut.edges and _are_runs(cut, shape):
         held = np.zeros(ranks + 1, np.int64)
         held[np.array(cut.ranks, int) + 1] = [sum(box.numel for box in boxes) for boxes in cut.boxes]

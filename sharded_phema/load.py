@@ -23,7 +23,7 @@ from sharded_phema.recipe import Plan, plan_rebuild
 from sharded_phema.replicas import Shared, shared_out, spread
 from sharded_phema.select import Tolerance
 from sharded_phema.source import MovementWish
-from sharded_phema.store import Run, Snapshot, open_run
+from sharded_phema.store import Run, Snapshot, open_whole
 from sharded_phema.sums import Precision
 from sharded_phema.swap import Own
 from sharded_phema.world import agree, from_first
@@ -69,7 +69,7 @@ def load_into(
         PhemaError: The target or the run folder will not do. The model is what it was.
     """
     outputs = parse_outputs([target])
-    run = agree(lambda: open_run(root))
+    run = agree(lambda: open_whole(root))
     backend, held = held_by(model, optimizer, alike=False)
     live = agree(lambda: _live(run.record, held))
 

@@ -23,7 +23,7 @@ from sharded_phema.prepare import Prepared, Wish, prepare
 from sharded_phema.recipe import Plan, Summary, recipe_text
 from sharded_phema.select import Tolerance
 from sharded_phema.source import MovementWish
-from sharded_phema.store import Run, open_run
+from sharded_phema.store import Run, open_whole
 from sharded_phema.sums import Precision, Sums, one_thread
 from sharded_phema.work import Work
 from sharded_phema.world import agree, from_first, gather, rank_and_size
@@ -161,7 +161,7 @@ def preview(
         raise OutputError(f"{out}: expected a local folder, found a URL", hint="write to a disk, and copy it there")
     beside = Path(like) if like else None
     wish = Wish(parse_outputs(targets), Path(out), like=beside, leave_out=tuple(leave_out), **settings)
-    run = agree(lambda: _opened(root))
+    run = agree(lambda: open_whole(root))
     if beside:
         check_like(beside, [*(p.name for p in run.record.parameters), *(r.name for r in run.record.raw)])
     return prepare(run, wish, workers or rank_and_size()[1], once=from_first)
@@ -183,12 +183,6 @@ def _place(worker: int | None, workers: int | None) -> tuple[int, int]:
             hint="leave them out under torchrun, which shares the work itself",
         )
     return worker, workers
-
-
-def _opened(root: str | Path) -> Run:
-    run = open_run(root)
-    run.check_frozen()
-    return run
 
 
 class _Rebuilding:

@@ -18,8 +18,9 @@ from typing import Any
 
 import sharded_phema.folder.disk
 import sharded_phema.folder.local
+import sharded_phema.folder.local_file
 
-MODULES = (sharded_phema.folder.local, sharded_phema.folder.disk)
+MODULES = (sharded_phema.folder.local, sharded_phema.folder.disk, sharded_phema.folder.local_file)
 
 NO_CALLS = {"fspath", "getpid"}
 """Functions of ``os`` that ask the system for nothing that can fail."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from builders import listing
 from commands import run
 from safetensors.torch import load_file
 from torch import nn
@@ -72,15 +74,25 @@ def test_flags_are_what_they_were() -> None:
         "plan": ["--json", "--length", "--parameters", "--sigma-rels", "--snapshots", "--stillness", "--tolerance"],
         "info": ["--json"],
         "reconstruct": [
+            "--device",
+            "--dry-run",
             "--dtype",
+            "--force",
             "--format",
             "--json",
+            "--leave-out",
+            "--like",
             "--max-shard-size",
+            "--memory",
             "--metric",
             "--movement",
             "--out",
             "--per-tensor",
+            "--precision",
+            "--strict",
             "--tolerance",
+            "--worker",
+            "--workers",
         ],
         "verify": ["--json"],
         "prune": ["--bytes", "--count", "--json", "--tolerance", "--yes"],
@@ -140,10 +152,139 @@ def test_reconstruct_writes_a_folder_a_target_and_says_how_good_they_are(ema, tm
 
 
 def test_two_processes_write_the_same_bytes_as_one(ema, tmp_path) -> None:
-    assert run("reconstruct", ema, "0.12", "--out", tmp_path / "1").returncode == 0
-    assert launch("reconstruct", ema, "0.12", "--out", tmp_path / "2", ranks=2).returncode == 0
-    one, two = (tmp_path / str(ranks) / "0.12" / "model.safetensors" for ranks in (1, 2))
-    assert one.read_bytes() == two.read_bytes()
+    words = ("reconstruct", ema, "0.12", "decay:linear:0.2", "--max-shard-size", "1KB", "--out")
+    assert run(*words, tmp_path / "1").returncode == 0
+    done = launch(*words, tmp_path / "2", "--json", ranks=2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)  # once, by the first of them
+    assert (found["workers"], found["finished"], found["written"]) == (2, True, 2 * 4 * 620)
+    one, two = (listing(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert one == two and sum(name.endswith(".safetensors") for name in one) == 4
+    assert files(tmp_path) == sorted(["1", "2", *(f"{n}/{name}" for n in (1, 2) for name in one)])
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(ema, tmp_path) -> None:
+    # Oracle: what the same words without --dry-run say, and do.
+    words = ("reconstruct", ema, "0.12", "decay:linear:0.2", "--out", tmp_path / "out", "--workers", 3)
+    before = files(ema)
+    done = run(*words, "--dry-run", "--json")
+    assert (done.returncode, done.stderr, files(tmp_path), files(ema)) == (0, "", [], before)
+    planned = json.loads(done.stdout)
+    table = run(*words, "--dry-run").stdout
+    assert "to rebuild from" in table and "bytes to read" in table and "coefficients" in table
+    made = json.loads(run(*words[:-2], "--json").stdout)
+    assert planned["targets"] == made["targets"] and len(planned["sources"]) == made["sources"]
+    assert (planned["bytes_to_read"], planned["bytes_to_write"]) == (made["bytes_read"], made["written"])
+    assert [worker["worker"] for worker in planned["workers"]] == [0, 1, 2]
+    for key in ("bytes_to_read", "bytes_to_write"):
+        assert sum(worker[key] for worker in planned["workers"]) == planned[key]
+    sums = [math.fsum(column) for column in zip(*(s["coefficients"] for s in planned["sources"]), strict=True)]
+    assert sums == pytest.approx([1.0, 1.0], abs=1e-9), "an average of what stands still is what stands still"
+
+
+def test_workers_started_apart_share_the_work_and_the_last_one_finishes_it(ema, tmp_path) -> None:
+    assert run("reconstruct", ema, "0.12", "--out", tmp_path / "one").returncode == 0
+    words = ("reconstruct", ema, "0.12", "--out", tmp_path / "many", "--workers", 2)
+    # So small a model is one block: one of them has nothing to do, and finds nothing done.
+    shares = json.loads(run(*words, "--dry-run", "--json").stdout)["workers"]
+    idle, busy = sorted(shares, key=lambda share: share["blocks"])
+    assert (idle["blocks"], busy["blocks"]) == (0, 1)
+    early = run(*words, "--worker", idle["worker"])
+    assert early.returncode == 0 and f"{tmp_path}/many appears when all are" in early.stdout.replace("\n", "")
+    assert files(tmp_path / "many") == []
+    late = json.loads(run(*words, "--worker", busy["worker"], "--json").stdout)
+    assert (late["finished"], late["workers"], late["written"]) == (True, 2, 4 * 620)
+    assert listing(tmp_path / "many") == listing(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "words", [["--worker", 2, "--workers", 2], ["--worker", 0], ["--workers", 2], ["--workers", 0, "--dry-run"]]
+)
+def test_a_worker_that_cannot_be_is_refused(ema, tmp_path, words) -> None:
+    done = run("reconstruct", ema, "0.12", "--out", tmp_path / "out", *words)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "worker" in done.stderr
+    assert files(tmp_path) == []
+
+
+def test_an_earlier_output_is_replaced_with_force_and_anything_else_is_not(ema, tmp_path) -> None:
+    # Oracle: an output made where there was none.
+    assert run("reconstruct", ema, "0.07", "--out", tmp_path / "fresh").returncode == 0
+    assert run("reconstruct", ema, "0.12", "--out", tmp_path / "out").returncode == 0
+    before = listing(tmp_path / "out")
+    refused = run("reconstruct", ema, "0.07", "--out", tmp_path / "out")
+    assert refused.returncode == 1 and "--force" in refused.stderr and listing(tmp_path / "out") == before
+    assert run("reconstruct", ema, "0.07", "--out", tmp_path / "out", "--force").returncode == 0
+    assert listing(tmp_path / "out") == listing(tmp_path / "fresh")
+    (tmp_path / "out" / "mine").write_text("precious")
+    kept = run("reconstruct", ema, "0.12", "--out", tmp_path / "out", "--force")
+    assert kept.returncode == 1 and (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_damaged_snapshot_is_left_out_with_its_cost_and_strict_refuses(ema, tmp_path) -> None:
+    # Oracle: the same words with --leave-out, on the run as it was.
+    shutil.copytree(ema, tmp_path / "run")
+    snapshots = json.loads(run("info", tmp_path / "run", "--json").stdout)["snapshots"]
+    victim = Path(next(s for s in snapshots if s["t"] == 250)["folder"])
+    words = ("0.12", "--tolerance", "exact", "--json", "--out")
+    less = run("reconstruct", ema, *words, tmp_path / "less", "--leave-out", victim.name)
+    assert less.returncode == 0 and "left out as asked" in less.stderr
+    path = next(victim.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    strict = run("reconstruct", tmp_path / "run", *words, tmp_path / "strict", "--strict")
+    assert strict.returncode == 1 and victim.name in strict.stderr and "hint: " in strict.stderr
+    done = run("reconstruct", tmp_path / "run", *words, tmp_path / "out")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and "damaged snapshots were left out" in done.stderr
+    assert "what that costs" in done.stderr
+    (lost,) = found["left_out"]
+    assert Path(lost["snapshot"]).name == victim.name and "is damaged between bytes" in lost["reason"]
+    assert found["targets"][0]["forecast"] == json.loads(less.stdout)["targets"][0]["forecast"]
+    name = Path("0.12") / "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "less" / name).read_bytes()
+    unknown = run("reconstruct", ema, *words, tmp_path / "no", "--leave-out", "nonesuch")
+    assert unknown.returncode == 1 and "holds no such snapshot" in unknown.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["less", "out", "run"]
+
+
+def test_memory_precision_and_device_are_taken_and_checked(ema, tmp_path) -> None:
+    words = ("reconstruct", ema, "0.12", "--out")
+    planned = [
+        json.loads(run(*words, tmp_path / "out", "--dry-run", "--json", "--memory", size).stdout)["memory"]
+        for size in ("1GiB", "65MiB")
+    ]
+    assert planned[1] <= 65 << 20 < planned[0] <= 1 << 30
+    outs = []
+    for index, options in enumerate(([], ["--memory", "65MiB", "--device", "cpu"], ["--precision", "float64"])):
+        done = run(*words, tmp_path / f"{index}", *options)
+        assert done.returncode == 0, done.stderr
+        outs.append(load_file(tmp_path / f"{index}" / "0.12" / "model.safetensors"))
+    assert all(torch.equal(outs[0][key], outs[1][key]) for key in outs[0]), "the budget does not show in the bits"
+    for key in outs[0]:
+        # Sums of tens of terms, each rounded to 2^-24 of magnitudes that add up to a few times the result.
+        torch.testing.assert_close(outs[0][key], outs[2][key], rtol=1e-5, atol=1e-6)
+    for option, value, text in (
+        ("--memory", "1MB", "need at least"),
+        ("--memory", "much", "found 'much'"),
+        ("--device", "abacus", "cannot be used"),
+    ):
+        done = run(*words, tmp_path / "no", option, value)
+        assert done.returncode == 1 and text in done.stderr and "hint: " in done.stderr
+    assert run(*words, tmp_path / "no", "--precision", "float16").returncode == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_configuration_of_a_model_is_copied_beside_each_output(ema, tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "pytorch_model.bin", "phema.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    done = run("reconstruct", ema, "0.12", "0.07", "--out", tmp_path / "out", "--like", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    for slug in ("0.12", "0.07"):
+        expected = ["config.json", "model.safetensors", "phema.json", "tokenizer.json"]
+        assert files(tmp_path / "out" / slug) == expected
+        assert (tmp_path / "out" / slug / "phema.json").read_text() != "{}"
+    refused = run("reconstruct", ema, "0.12", "--out", tmp_path / "no", "--like", tmp_path)
+    assert refused.returncode == 1 and "config.json" in refused.stderr and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import examples, listing, no_flush, same_bits, shapes, tensors_of
+from builders import examples, no_flush, same_bits, shapes, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 

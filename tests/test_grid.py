@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sharded_phema import grid
 from sharded_phema.grid import Grid, RawRange, grid_of, shares
-from sharded_phema.layout import boxes_of_flat_range, whole
-from sharded_phema.manifest import Parameter, RawTensor, RunRecord
+from sharded_phema.layout import Box, boxes_of_flat_range, whole
+from sharded_phema.manifest import RawTensor, RunRecord
 from sharded_phema.store import Layout, Spans
 
 Element = tuple[str, int, int]
@@ -168,8 +168,6 @@ def test_what_one_rank_holds_of_all_is_one_run_and_columns_are_shared_out_evenly
 
 
 def _columns(shape, ranks):
-    from sharded_phema.layout import Box
-
     width = shape[1] // ranks
     return [Box((0, rank * width), (shape[0], width)) for rank in range(ranks)]
 

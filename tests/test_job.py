@@ -327,6 +327,35 @@ def test_with_force_a_job_for_something_else_is_dropped_and_its_processes_spoil_
     assert listing(out) == expected() and hidden(out) == []
 
 
+@pytest.mark.parametrize("moment", ["as files are laid out", "as that is recorded"])
+def test_force_drops_the_job_that_was_seen_and_none_that_came_in_its_place(tmp_path, monkeypatch, moment) -> None:
+    out, others = tmp_path / "out", []
+    seen = begun(out, dtype="float16")
+    write = records._write
+
+    def meanwhile() -> None:
+        if not others:
+            seen.discard()
+            others.append(seen)
+            others.append(begun(out))
+
+    def laid_out(files: Path) -> None:
+        create(files)
+        if moment == "as files are laid out":
+            meanwhile()
+
+    def written(*args: Any) -> bool:
+        if moment == "as that is recorded":
+            meanwhile()
+        return write(*args)
+
+    monkeypatch.setattr(records, "_write", written)
+    job = begin(out, REQUEST, COEFFICIENTS, BLOCKS, laid_out, force=True)
+    assert job.files == others[1].files
+    ended(job)
+    assert listing(out) == expected() and hidden(out) == []
+
+
 def test_names_that_begin_alike_are_kept_apart(tmp_path) -> None:
     # Oracle: what belongs to other outputs, or to nobody, is there afterwards, byte for byte.
     out = tmp_path / "out"
@@ -721,9 +750,11 @@ def test_a_process_elsewhere_that_gives_signs_while_it_finalizes_is_waited_for(t
 def test_what_a_process_that_was_killed_as_it_finalized_left_is_in_its_place_again(tmp_path) -> None:
     job = begun(tmp_path / "out")
     job.mark(0, BLOCKS)
+    since = time.monotonic()
     faults.in_child(lambda: job.files.rename(job.files.parent / temporary_name("files")) and None)
     assert not job.files.exists() and begun(tmp_path / "out").files == job.files and job.files.is_dir()
-    assert job.commit(finalize)
+    faults.in_child(lambda: job.files.rename(job.files.parent / temporary_name("files")) and None)
+    assert job.commit(finalize) and time.monotonic() - since < shared.SILENCE_S / 4
 
 
 def test_a_process_that_was_suspended_while_it_finalized_and_was_taken_over_finds_the_output(tmp_path) -> None:

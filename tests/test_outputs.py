@@ -55,7 +55,7 @@ def flat(parameter: int, start: int, count: int) -> Piece:
 def test_strips_over_many_parameters_in_any_order_give_what_torch_rounds(
     sizes, dtype, sums, limit, strip, open_files, data
 ) -> None:
-    # Oracle: torch's conversion of the whole arrays, read with the safetensors library. Two targets, one in two folders.
+    # Oracle: torch's conversion of the whole arrays, read with the safetensors library. One target goes to two folders.
     numels = [math.prod(shape) for shape in sizes]
     values = torch.randn(2, sum(numels), dtype=sums, generator=torch.Generator().manual_seed(1))
     pieces = [flat(p, 0, numel) for p, numel in enumerate(numels) if numel]

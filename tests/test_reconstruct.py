@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -65,7 +66,7 @@ def rows(ranks: int) -> Division:
         length, step = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
         size = -(-length // ranks)
         edges = [min(rank * size, length) * step for rank in range(ranks + 1)]
-        held.append([(boxes_of_flat_range(shape, a, b), 0) for a, b in zip(edges, edges[1:], strict=False)])
+        held.append([(boxes_of_flat_range(shape, a, b), 0) for a, b in itertools.pairwise(edges)])
     return Division(SHAPES, tuple(held))
 
 
@@ -75,7 +76,7 @@ def flat(ranks: int) -> Division:
     step, begin, held = -(-sum(numels) // ranks), 0, []
     for shape, numel in zip(SHAPES, numels, strict=True):
         ends = [min(max(rank * step - begin, 0), numel) for rank in range(ranks)] + [numel]
-        held.append([(boxes_of_flat_range(shape, a, b), 0) for a, b in zip(ends, ends[1:], strict=False)])
+        held.append([(boxes_of_flat_range(shape, a, b), 0) for a, b in itertools.pairwise(ends)])
         begin += numel
     return Division(SHAPES, tuple(held))
 

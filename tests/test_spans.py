@@ -174,7 +174,7 @@ def test_spans_hold_each_wanted_element_once_and_lie_inside_of_their_ranks_part(
     spans, counts = Spans(layout), np.zeros(sum(piece.numel for piece in pieces), int)
     for span in spans.of(pieces):
         firsts = spans.firsts(span.rank)
-        assert 0 <= span.first and span.count > 0 and span.first + span.count <= firsts[-1]
+        assert span.first >= 0 and span.count > 0 and span.first + span.count <= firsts[-1]
         if span.strides is None:
             counts[span.begin : span.begin + span.count] += 1
         else:

@@ -39,8 +39,8 @@ def small_blocks() -> Iterator[None]:
 def file_of(folder: str, data: bytes, digests: int | None = None) -> BlockFile:
     """A file on disk, with the digests of what it should hold."""
     Path(folder, "file").write_bytes(data)
-    every = [xxhash.xxh3_128_hexdigest(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)]
-    return BlockFile(open_folder(folder), "file", len(data), tuple(every[:digests]))
+    every = [xxhash.xxh3_128_digest(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)]
+    return BlockFile(open_folder(folder), "file", len(data), b"".join(every[:digests]))
 
 
 sizes = st.one_of(
@@ -68,7 +68,6 @@ def given_by(stream: Stream, ranges: list[tuple[int, int]], closing: frozenset[i
         found.append(bytes(out))
         if number in closing:
             stream.close()
-            assert not stream.is_open
     return found
 
 
@@ -142,12 +141,16 @@ def test_ranges_that_follow_each_other_read_the_file_once_in_as_many_requests(ca
         file = file_of(folder, data)
         read, asked = Stream(file), []
         opened = file.folder.open("file")
-        with mock.patch.object(
-            type(opened), "fill", lambda self, begin, view: asked.append((begin, begin + len(view)))
+
+        def fill(self: object, begin: int, view: memoryview) -> None:
+            asked.append((begin, begin + len(view)))
+
+        # What is asked for, not what it is: zeros are no such file.
+        with (
+            mock.patch.object(type(opened), "fill", fill),
+            mock.patch.object(BlockFile, "check_digest", lambda *_: None),
         ):
-            # What is asked for, not what it is: zeros are no such file.
-            with mock.patch.object(BlockFile, "check_digest", lambda *_: None):
-                given_by(read, ranges)
+            given_by(read, ranges)
         opened.close()
         read.close()
     assert [span for span in asked if span[0] < span[1]] == [span for span in ranges if span[0] < span[1]]
@@ -157,11 +160,11 @@ def test_a_file_is_opened_when_it_is_first_read_and_held_open_until_it_is_closed
     read = Stream(file_of(str(tmp_path), bytes(range(40))))
     before = len(os.listdir("/proc/self/fd"))
     read.finish()
-    assert not read.is_open and len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before
     given_by(read, [(0, 3), (3, 40)])
-    assert read.is_open and len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before + 1
     read.close()
-    assert not read.is_open and len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("begin", [0, 30, 39, 40, 41, 47, 48, 1000, 1 << 62])

@@ -92,7 +92,7 @@ def check_free(out: Path, *, force: bool) -> None:
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds rebuilt averages and nothing else."""
-    if not folder.is_dir() or folder.is_symlink():
+    if not folder.is_dir():
         return False
     found = names(folder)
     return bool(found) and all(_is_average(folder / name) for name in found)

@@ -121,6 +121,10 @@ def lay_out(partial: Path, name: str, record: Record, create: Callable[[Path], N
         flush(str(partial))
         whole = replace(record, work=work.name, inode=os.stat(work / "files").st_ino)
         recorded = _write(partial, name, whole.sealed())
+    except FileNotFoundError:
+        # With a job that ended meanwhile all of its partial folder went, this too: the caller looks again.
+        if work.exists() or not partial.parent.is_dir():
+            raise
     finally:
         if not recorded:
             shutil.rmtree(work, ignore_errors=True)

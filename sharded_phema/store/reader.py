@@ -127,8 +127,9 @@ class Snapshot:
         Raises:
             StoreError: A file is damaged, or not all of the elements are stored.
         """
+        stored = self._raw(index)  # first: it proves that there can be so many elements
         out = np.empty(stop - start, bits_of(self.record.raw[index].dtype))
-        self._raw(index).fill_flat(start, out)
+        stored.fill_flat(start, out)
         return as_tensor(out, self.record.raw[index].dtype)
 
     def read_raw_box(self, index: int, box: Box) -> Tensor:

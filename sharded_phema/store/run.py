@@ -19,7 +19,7 @@ from sharded_phema.store.reader import Snapshot
 from sharded_phema.store.records import check_run, read_layout, read_record
 from sharded_phema.tensorfile import CODES, torch_dtype
 
-__all__ = ["Damaged", "Run", "open_run", "run_exists"]
+__all__ = ["Damaged", "Run", "open_run", "open_whole", "run_exists"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,17 @@ def open_run(root: str | os.PathLike[str] | Folder) -> Run:
     order = tuple(sorted(living, key=lambda snapshot: snapshot.t))
     damaged = tuple(replace(d, abandoned=d.facts.t > cutoffs[d.facts.session]) if d.facts else d for d in damaged)
     return Run(folder, record, order, tuple(abandoned), unfinished, damaged, head=next(iter(cutoffs), ""))
+
+
+def open_whole(root: str | os.PathLike[str] | Folder) -> Run:
+    """The same, for a reader of all of the model: its files are long enough for the memory that will be made for them.
+
+    Raises:
+        StoreError: As of ``open_run``, and where files of frozen tensors are too short.
+    """
+    run = open_run(root)
+    run.check_frozen()
+    return run
 
 
 def _opened(root: str | os.PathLike[str] | Folder) -> Folder:
