@@ -34,6 +34,8 @@ class Feed:
         self._losses = losses
         self._readers: dict[int, _Reader] = {}  # by the identity of their sources, which they hold
         self._spans: dict[int, Spans] = {}  # the same by layouts
+        self._pieces: Sequence[Piece] | None = None
+        self._routes: dict[int, tuple[Span, ...]] = {}  # of these pieces, by the identity of layouts
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     @property
@@ -47,12 +49,15 @@ class Feed:
         Args:
             sources: What to read; the same objects at every call, since each goes on where it was.
             pieces: Which elements of them.
-            rows: A contiguous array for each source, of as many elements.
+            rows: A contiguous array for each source, of as many elements, to be left alone until ``check``.
 
         Raises:
-            StoreError: A file is missing, cannot be read, or what was read of it before is damaged.
+            StoreError: A file is missing or cannot be read.
         """
-        routes: dict[int, tuple[Span, ...]] = {}
+        if pieces is not self._pieces:
+            self._pieces, self._routes = pieces, {}
+            self._hold_few()
+        routes = self._routes
         shelves: dict[str, list[tuple[_Reader, Row]]] = {}
         for source, row in zip(sources, rows, strict=True):
             reader = self._readers.get(id(source)) or self._begin(source)
@@ -72,8 +77,20 @@ class Feed:
         # One thread a snapshot where storage is remote: its averages lie in the same files.
         if sources:
             of_each(sources[0].snapshot.root, read, [*shelves.values()])
-            if sum(reader.held_open for reader in self._readers.values()) > self._files:
-                self._each(_Reader.let_go)
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """Hash what ``fill`` gave of some sources since the last time. May run while ``fill`` does.
+
+        Raises:
+            StoreError: Something that was given before is damaged.
+        """
+        for source in sources:
+            reader = self._readers[id(source)]
+            try:
+                reader.check()
+            except StoreError as error:
+                self._losses.note(reader.snapshot, error)
+                raise
 
     def finish(self) -> None:
         """Prove all that was given so far, and close the files.
@@ -86,6 +103,10 @@ class Feed:
     def close(self) -> None:
         """Close the files, whether or not what was given is proven."""
         self._each(_Reader.close)
+
+    def _hold_few(self) -> None:
+        if sum(reader.held_open for reader in self._readers.values()) > self._files:
+            self._each(_Reader.let_go)
 
     def _each(self, act: Callable[[_Reader], None]) -> None:
         for reader in self._readers.values():
@@ -134,6 +155,10 @@ class _Reader:
                 read = np.empty(span.count * self._width, np.uint8)
                 stream.fill(begin, bytes_of(read))
                 _lay(torch.from_numpy(read).view(self._dtype), span, torch.from_numpy(row))
+
+    def check(self) -> None:
+        for stream, _ in tuple(self._streams.values()):
+            stream.check()
 
     def finish(self) -> None:
         for stream, _ in self._streams.values():

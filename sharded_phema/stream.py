@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
 
 import xxhash
 
@@ -15,37 +15,36 @@ GAP_BYTES = 1 << 18
 """What is read only because it shares a block with what is wanted is read in such pieces."""
 
 
-@dataclass(slots=True)
 class Stream:
     """One pass over a file. Nothing of it is kept in memory but the running digest of one block.
 
-    What ``fill`` gives is proven only once its block has passed: by a later ``fill``, or by ``finish``. Whoever uses
-    it before must be able to take back what was made of it. Each block is read once as long as ranges follow each
-    other; a range that begins in another block costs what lies between it and the beginning of that block, and the
-    rest of the block that was left.
+    What ``fill`` gives is hashed by ``check``, which another thread may call, and is proven only once its block has
+    passed: by a later ``check``, or by ``finish``. Whoever uses it before must be able to take back what was made of
+    it. Each block is read once as long as ranges follow each other; a range that begins in another block
+    costs what lies between it and the beginning of that block, and the rest of the block that was left.
+
+    Args:
+        file: The file, with the digests of its blocks.
 
     Attributes:
-        file: The file, with the digests of its blocks.
         bytes_read: Bytes that were read so far, those between the wanted ranges included.
     """
 
-    file: BlockFile
-    bytes_read: int = 0
-    _at: int = field(init=False)
-    _end: int = field(init=False)
-    _hash: xxhash.xxh3_128 = field(init=False)
-    _known: int = field(init=False)
-    _open: OpenFile | None = field(default=None, init=False)
+    __slots__ = ("_at", "_end", "_hash", "_hashed", "_known", "_open", "_passed", "bytes_read", "file")
 
-    def __post_init__(self) -> None:
-        self._known = min(self.file.size, len(self.file.digests) // DIGEST_BYTES * BLOCK_BYTES)
-        self._enter(0)
+    def __init__(self, file: BlockFile) -> None:
+        self.file, self.bytes_read = file, 0
+        self._known = min(file.size, len(file.digests) // DIGEST_BYTES * BLOCK_BYTES)
+        self._at, self._end = 0, min(BLOCK_BYTES, file.size)
+        self._hash, self._hashed = xxhash.xxh3_128(), 0
+        self._passed: deque[tuple[int, memoryview]] = deque()
+        self._open: OpenFile | None = None
 
     def fill(self, begin: int, out: memoryview) -> None:
-        """Fill memory with bytes of the file from ``begin`` on.
+        """Fill memory with bytes of the file from ``begin`` on. It must stay as it is until ``check`` saw it.
 
         Raises:
-            StoreError: A block that passed is damaged, or the file is missing, short, or cannot be read.
+            StoreError: The file is missing, short, or cannot be read.
         """
         if begin + len(out) > self._known:
             self.file.check_range(begin, len(out))
@@ -53,14 +52,35 @@ class Stream:
             self._move(begin)
         self._read(out)
 
+    def check(self) -> None:
+        """Hash what ``fill`` gave since the last time. May run while ``fill`` does.
+
+        Raises:
+            StoreError: A block that passed is damaged.
+        """
+        while self._passed:
+            begin, view = self._passed.popleft()
+            if begin != self._hashed:
+                self._hash, self._hashed = xxhash.xxh3_128(), begin
+            while view:
+                block = self._hashed // BLOCK_BYTES
+                room = min((block + 1) * BLOCK_BYTES, self.file.size) - self._hashed
+                part = view if len(view) <= room else view[:room]
+                self._hash.update(part)
+                self._hashed += len(part)
+                if len(part) == room:
+                    self.file.check_digest(block, self._hash.digest())
+                    self._hash = xxhash.xxh3_128()
+                view = view[len(part) :]
+
     def finish(self) -> None:
         """Prove all that ``fill`` gave so far.
 
         Raises:
-            StoreError: As of ``fill``.
+            StoreError: As of ``fill`` and ``check``.
         """
-        if self._at % BLOCK_BYTES:
-            self._skip(self._end)
+        self._skip(self._end)
+        self.check()
 
     def close(self) -> None:
         """Close the file. The stream can go on: it opens it again."""
@@ -70,12 +90,15 @@ class Stream:
 
     def _move(self, begin: int) -> None:
         if not self._at <= begin < self._end:
-            self.finish()
-            self._enter(begin // BLOCK_BYTES * BLOCK_BYTES)
+            self._skip(self._end)
+            self._at = begin // BLOCK_BYTES * BLOCK_BYTES
+            self._end = min(self._at + BLOCK_BYTES, self.file.size)
         self._skip(begin)
 
     def _skip(self, end: int) -> None:
-        """Read on to ``end`` for the digest's sake."""
+        """Read on to ``end`` for the digest's sake, if anything of the block was read."""
+        if self._at % BLOCK_BYTES == 0 and end == self._end:
+            return
         while self._at < end:
             self._read(memoryview(bytearray(min(end - self._at, GAP_BYTES))))
 
@@ -83,18 +106,8 @@ class Stream:
         if self._open is None:
             self._open = self.file.folder.open(self.file.name)
         self._open.fill(self._at, out)
+        self._passed.append((self._at, out))
         self.bytes_read += len(out)
-        while out:
-            room = self._end - self._at
-            part = out if len(out) <= room else out[:room]
-            self._hash.update(part)
-            self._at += len(part)
-            if len(part) == room:
-                self.file.check_digest((self._end - 1) // BLOCK_BYTES, self._hash.digest())
-                self._enter(self._at)
-            out = out[len(part) :]
-
-    def _enter(self, begin: int) -> None:
-        """Begin with the block that begins there."""
-        self._at, self._end = begin, min(begin + BLOCK_BYTES, self.file.size)
-        self._hash = xxhash.xxh3_128()
+        self._at += len(out)
+        if self._at >= self._end:
+            self._end = min(self._at // BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES, self.file.size)

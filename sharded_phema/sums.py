@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -34,7 +36,13 @@ PAD = 256
 """Columns of every product that nobody asks for: kernels sum the last few, which fill no whole register, otherwise."""
 
 GROUP = 8
-"""Stored averages that are summed in one matrix product, a strip of each, while another of each is read (8 MiB)."""
+"""Stored averages that are summed in one matrix product, a strip of each, while others are read (12 MiB)."""
+
+AHEAD = 2
+"""Groups that are read in advance: the reader need not wait until the sums have taken notice of what it read."""
+
+FEW = 3
+"""Targets up to which summing takes less time than reading."""
 
 Precision = Literal["float32", "float64"]
 """What sums are made in."""
@@ -107,7 +115,7 @@ class Sums:
         self._dtype, self._device = getattr(torch, precision), _usable(device)
         rows, wide, local = min(GROUP, len(plan.sources)), strip + PAD, self._device.type == "cpu"
         # Zeros, since what is left over of an earlier strip is multiplied too.
-        self._read = torch.zeros(2, rows, wide, pin_memory=not local)
+        self._read = torch.zeros(AHEAD + 1, rows, wide, pin_memory=not local)
         self._rows = [[*rows[:, :strip].numpy()] for rows in self._read]
         as_read = local and precision == "float32"
         self._values = None if as_read else torch.zeros(rows, wide, dtype=self._dtype, device=self._device)
@@ -124,16 +132,16 @@ class Sums:
         """
         steps = self._steps(jobs)
         with ThreadPoolExecutor(1, "sharded_phema_reader") as reader:
-            step = next(steps, None)
-            read = reader.submit(self._fill, step) if step else None
-            while step and read:
-                following = next(steps, None)
+            ahead = deque((step, reader.submit(self._fill, step)) for step in islice(steps, AHEAD))
+            while ahead:
+                step, read = ahead.popleft()
                 read.result()
-                read = reader.submit(self._fill, following) if following else None
+                if not self._checks_ahead(step.job):
+                    self._feed.check(step.group)
+                ahead.extend((step, reader.submit(self._fill, step)) for step in islice(steps, 1))
                 self._add(step)
                 if step.last:
                     yield step.job, self._sums[: len(step.job.targets), : step.job.numel].cpu()
-                step = following
 
     def _steps(self, jobs: Iterable[Job]) -> Iterator[_Step]:
         turn = 0
@@ -141,12 +149,18 @@ class Sums:
             mix = self._mix(job.targets)
             for number, (group, weights) in enumerate(zip(mix.groups, mix.weights, strict=True)):
                 yield _Step(job, group, weights, turn, number == 0, number + 1 == len(mix.groups))
-                turn = 1 - turn
+                turn = (turn + 1) % (AHEAD + 1)
 
     def _fill(self, step: _Step) -> None:
         rows, numel = self._rows[step.turn], step.job.numel
         some = [row[:numel] for row in rows] if numel < self.strip else rows
         self._feed.fill(step.group, step.job.pieces, some[: len(step.group)])
+        if self._checks_ahead(step.job):
+            self._feed.check(step.group)
+
+    def _checks_ahead(self, job: Job) -> bool:
+        """Whether the thread that reads also hashes: where sums are much work, the other one has no time for it."""
+        return len(job.targets) > FEW
 
     def _add(self, step: _Step) -> None:
         sums, values = self._sums[: len(step.job.targets)], self._read[step.turn, : len(step.group)]
@@ -199,7 +213,7 @@ def strip_of(plan: Plan, memory: int, precision: Precision = "float32") -> tuple
     """
     wide, rows = (4 if precision == "float32" else 8), min(GROUP, len(plan.sources))
     # Beside rows and sums: sums as they are rounded, and what checks and conversions make of one row.
-    element = rows * (8 if wide == 4 else 16) + len(plan.targets) * wide + 4 * 4
+    element = rows * (4 * (AHEAD + 1) + (0 if wide == 4 else 8)) + len(plan.targets) * wide + 4 * 4
     strip = STRIP if is_local(plan.run.root) else REMOTE_STRIP
     while (strip + PAD) * element + KEPT_BYTES > memory and strip > LEAST_STRIP:
         strip //= 2
