@@ -202,7 +202,7 @@ class _Rebuilding:
             moved = agree(lambda: self._try_work(job, progress))
             if self._wish.format == "dcp" and not self._alone:
                 self._convert(job.files)
-                finished = from_first(job.commit)
+                finished = from_first(lambda: job.commit(_check_converted))
             else:
                 finalize = self._convert if self._wish.format == "dcp" else _nothing
                 finished = from_first(lambda: job.commit(finalize))
@@ -275,6 +275,15 @@ def _remove(drafts: Path, aside: Path) -> None:
 def _is_full(error: PhemaError) -> bool:
     """Whether the disk that is written to failed: the same call, made again, goes on where it stopped."""
     return isinstance(error, OutputError) and isinstance(error.__cause__, OSError)
+
+
+def _check_converted(files: Path) -> None:
+    """A process that was killed as it finished, on a machine that cannot be asked, may have hidden the drafts."""
+    if (files / DRAFTS).is_dir():
+        raise OutputError(
+            f"{files}: an earlier conversion was cut short, and this one did not see it",
+            hint="start the same again: it goes on where it stopped",
+        )
 
 
 def _nothing(files: Path) -> None:

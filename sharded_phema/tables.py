@@ -242,7 +242,7 @@ def _going(plan: Pruning) -> dict[str, Sequence[Snapshot]]:
 
 
 def _show_left_out(plan: Plan) -> None:
-    lost = Table("snapshot", "why", title="warning: damaged snapshots were left out")
+    lost = Table("snapshot", "why", title="warning: snapshots were left out")
     for one in plan.left_out:
         lost.add_row(escape(one.name), escape(one.reason))
     cost = Table("target", "forecast error", "with them", title="what that costs")

@@ -79,10 +79,8 @@ class Run:
             StoreError: They are not.
         """
         if (found := self.frozen_size) < (expected := _bytes(self.record.frozen)):
-            raise StoreError(
-                f"{self.root.url}/{names.FROZEN}: expected at least {expected} bytes of tensors, found {found}",
-                hint="files were removed, or the run's record was edited; restore the run folder",
-            )
+            message = f"{self.root.url}/{names.FROZEN}: expected at least {expected} bytes of tensors, found {found}"
+            raise StoreError(message, hint="files were removed, or the run's record was edited; restore the run folder")
 
     @property
     def frozen_size(self) -> int:
@@ -129,11 +127,7 @@ def open_run(root: str | os.PathLike[str] | Folder) -> Run:
 
 
 def open_whole(root: str | os.PathLike[str] | Folder) -> Run:
-    """The same, for a reader of all of the model: its files are long enough for the memory that will be made for them.
-
-    Raises:
-        StoreError: As of ``open_run``, and where files of frozen tensors are too short.
-    """
+    """The same, for a reader of all of the model: ``check_frozen`` too."""
     run = open_run(root)
     run.check_frozen()
     return run
@@ -248,7 +242,11 @@ class _Shelf:
         """The session of a snapshot, once it is proved that its record belongs there."""
         check_run(where, self._record, facts)
         session = self._sessions.get(facts.session)
-        if session is None or len(facts.parts) != session.world_size or name != _name(facts):
+        if (
+            session is None
+            or len(facts.parts) != session.world_size
+            or name != names.snapshot_folder(facts.session, facts.snapshot)
+        ):
             raise StoreError(
                 f"{where}: its record is of snapshot {facts.snapshot} of session {facts.session} with "
                 f"{len(facts.parts)} parts, which does not belong there",
@@ -301,7 +299,3 @@ def _bytes(tensors: Iterable[RawTensor]) -> int:
 
 def _raise(error: StoreError) -> SnapshotRecord:
     raise error
-
-
-def _name(facts: SnapshotRecord) -> str:
-    return names.snapshot_folder(facts.session, facts.snapshot)
