@@ -29,7 +29,7 @@ lint: .venv ## format, lint rules, types
 check: lint test ## lint, then test: what a change must pass
 
 bench: .venv ## benchmarks, one table each
-	$(PY) benchmarks/rebuild.py
+	$(PY) benchmarks/reconstruct.py --size 10M
 	$(PY) benchmarks/accuracy.py
 	$(PY) benchmarks/retention.py
 	$(PY) benchmarks/snapshots.py

@@ -22,6 +22,9 @@ Held = Sequence[tuple[int, tuple[Box, ...]]]
 
 Shape = tuple[int, ...]
 
+Part = tuple[tuple[int, int, Shape], ...]
+"""Boxes that one rank holds: index of the tensor, number of the box, its sizes."""
+
 
 @dataclass(frozen=True)
 class Here:
@@ -117,9 +120,7 @@ class Layout:
     record: LayoutRecord
     run: RunRecord
     _held: dict[tuple[str, int], Held] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _parts: dict[int, tuple[tuple[int, int, int], ...]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _parts: dict[int, Part] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         counts = [(len(self.record.averaged), len(self.run.parameters))]
@@ -143,18 +144,17 @@ class Layout:
         """Who holds what of a frozen tensor."""
         return self._of("frozen", index, self.record.frozen, self.run.frozen[index].shape)
 
-    def part(self, rank: int) -> tuple[tuple[int, int, int], ...]:
-        """What a rank holds of one average, in the order of its file: parameter, number of the box, elements."""
+    def part(self, rank: int) -> Part:
+        """What a rank holds of one average, in the order of its file: parameter, number of the box, its sizes."""
         if rank not in self._parts:
             if len(self._parts) >= 16:  # ranks are asked for one after another
                 self._parts.clear()
-            self._parts[rank] = tuple(
-                (parameter, number, numel)
-                for parameter in range(len(self.run.parameters))
-                for number, numel in enumerate(_elements(self.averaged(parameter), rank))
-                if numel
-            )
+            self._parts[rank] = _part([self.averaged(index) for index in range(len(self.run.parameters))], rank)
         return self._parts[rank]
+
+    def copied_part(self, rank: int) -> Part:
+        """The same of the copied tensors."""
+        return _part([self.copied(index) for index in range(len(self.run.copied))], rank)
 
     def _of(self, kind: str, index: int, cuts: Sequence[Cut], shape: Shape) -> Held:
         if (kind, index) not in self._held:
@@ -194,12 +194,10 @@ class Slabs(Sequence[tuple[int, tuple[Box, ...]]]):
         begin, end = self.edges[range(len(self))[index]], self.edges[range(1, len(self) + 1)[index]]
         return int(self.ranks[index]), (_box(self.shape, self.dim, int(begin), int(end)),)
 
-    def elements(self, rank: int) -> int:
-        """How many a rank holds."""
+    def of(self, rank: int) -> tuple[Box, ...]:
+        """What a rank holds."""
         at = int(np.searchsorted(self.ranks, rank))
-        if at == len(self.ranks) or self.ranks[at] != rank:
-            return 0
-        return int(self.edges[at + 1] - self.edges[at]) * (math.prod(self.shape) // self.shape[self.dim])
+        return self[at][1] if at < len(self.ranks) and self.ranks[at] == rank else ()
 
     def near(self, box: Box) -> Held:
         """Those that may share elements with a box."""
@@ -208,11 +206,18 @@ class Slabs(Sequence[tuple[int, tuple[Box, ...]]]):
         return self[max(first, 0) : int(np.searchsorted(self.edges, start + size, side="left"))]
 
 
-def _elements(held: Held, rank: int) -> list[int]:
-    """Elements of each box that a rank holds of a tensor."""
-    if isinstance(held, Slabs):
-        return [held.elements(rank)]
-    return [box.numel for holder, boxes in held if holder == rank for box in boxes]
+def _part(tensors: Sequence[Held], rank: int) -> Part:
+    """What a rank holds of some tensors; boxes without elements are left out."""
+    return tuple(
+        (index, number, box.sizes)
+        for index, held in enumerate(tensors)
+        for number, box in enumerate(_of(held, rank))
+        if box.numel
+    )
+
+
+def _of(held: Held, rank: int) -> tuple[Box, ...]:
+    return held.of(rank) if isinstance(held, Slabs) else next((boxes for holder, boxes in held if holder == rank), ())
 
 
 def near(held: Held, box: Box) -> Held:

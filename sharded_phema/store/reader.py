@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from sharded_phema.store.stored import Numbers, Stored
 from sharded_phema.store.tensors import TensorFile, as_tensor, bits_of
 
 __all__ = ["Snapshot"]
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,22 @@ class Snapshot:
             StoreError: It is damaged, or does not hold them so.
         """
         if rank not in self._begins:
-            parameters, part = self.record.parameters, self.layout.part(rank)
-            names_of = [(names.box_key(parameters[p].name, number), numel) for p, number, numel in part]
-            keys = ((names.tensor_name(label, key), n) for label in self.record.averages for key, n in names_of)
-            self._begins[rank] = self._file(rank).begin_of((key, self.record.dtype, n) for key, n in keys)
+            averages, copied = self._tensors(rank)
+            keys = [(key, self.record.dtype, math.prod(sizes)) for key, (sizes, _) in averages.items()]
+            begins = self._file(rank).begins_as_written({**averages, **copied}) if keys else {}
+            self._begins[rank] = begins[keys[0][0]] if begins else self._file(rank).begin_of(keys)
         return self._file(rank).file, self._begins[rank]
+
+    def _tensors(self, rank: int) -> tuple[Shapes, Shapes]:
+        """Sizes and dtype of what a rank stores of the averages and of the copied tensors, by key, in their order."""
+        run, dtype = self.record, self.record.dtype
+        part = [(names.box_key(run.parameters[i].name, n), sizes) for i, n, sizes in self.layout.part(rank)]
+        averages = {names.tensor_name(label, key): (sizes, dtype) for label in run.averages for key, sizes in part}
+        copied = {
+            names.box_key(names.copied_name(run.copied[i].name), n): (sizes, run.copied[i].dtype)
+            for i, n, sizes in self.layout.copied_part(rank)
+        }
+        return averages, copied
 
     def read_raw(self, index: int, start: int, stop: int) -> Tensor:
         """Elements ``[start, stop)`` of one flattened tensor that is stored as it is, in its own dtype.

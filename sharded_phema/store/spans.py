@@ -91,8 +91,8 @@ class Spans:
         """
         if rank not in self._columns:
             held = np.zeros(len(self.layout.run.parameters) + 1, np.int64)
-            for parameter, _, numel in self.layout.part(rank):
-                held[parameter + 1] += numel
+            for parameter, _, sizes in self.layout.part(rank):
+                held[parameter + 1] += math.prod(sizes)
             self._columns[rank] = np.cumsum(held)
         return self._columns[rank]
 

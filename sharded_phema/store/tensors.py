@@ -132,6 +132,30 @@ class TensorFile:
         self.file.fill(begin, bytes_of(raw))
         torch.from_numpy(out).copy_(torch.from_numpy(raw).view(DTYPES[dtype][1]))
 
+    def begins_as_written(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
+        """Where the numbers of each tensor begin, if the file has the very header that ``write_tensors`` gives it.
+
+        That says as much as a check of the block that the header lies in, and reads less.
+
+        Args:
+            tensors: Shape and dtype of each, by key, in the order in which they were written.
+
+        Returns:
+            The byte for each key; empty if the header is another, which only reading it can tell about.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        header, begins = header_of(tensors, self.identity)
+        if len(header) > self.file.size:
+            return {}
+        found, opened = bytearray(len(header)), self.file.folder.open(self.file.name)
+        try:
+            opened.fill(0, memoryview(found))
+        finally:
+            opened.close()
+        return begins if found == header else {}
+
     def begin_of(self, expected: Iterable[tuple[str, str, int]]) -> int:
         """The byte at which the numbers of some tensors begin, end to end: key, dtype, elements of each.
 
