@@ -33,6 +33,7 @@ bench: .venv ## benchmarks, one table each
 	$(PY) benchmarks/accuracy.py
 	$(PY) benchmarks/retention.py
 	$(PY) benchmarks/snapshots.py
+	$(PY) benchmarks/update.py
 
 clean: ## remove runs/demo, caches and build artefacts; .venv stays
 	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ LAYERS = [
     {"folder", "leniency", "seal"},
     {"background", "blocks", "width", "layout", "movement", "rounding", "schedule", "spelling", "tensorfile", "world"},
     {"profile"},
-    {"quadrature", "target", "manifest", "kernels", "backends", "commit", "fingerprint", "scope", "staging"},
+    {"quadrature", "target", "manifest", "kernels", "lane", "backends", "commit", "fingerprint", "scope", "staging"},
     {"fit", "averages", "per_tensor", "tracked", "transcript"},
     {"select", "store"},
     {"export", "forecast", "frozen", "identity", "replicas", "source", "state", "verify"},
