@@ -33,6 +33,7 @@ bench: .venv ## benchmarks, one table each
 	$(PY) benchmarks/accuracy.py
 	$(PY) benchmarks/retention.py
 	$(PY) benchmarks/snapshots.py
+	$(PY) benchmarks/update.py
 
 fuzz: .venv ## give readers of run folders what a fuzzer makes up, for 3 minutes (failing inputs into runs/fuzz)
 	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install --quiet -c constraints.txt -e '.[fuzz]'

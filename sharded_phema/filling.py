@@ -1,13 +1,15 @@
-"""Filling: averages rebuilt from a run's snapshots into each rank's own live shards, without a gather."""
+"""Filling: an average into each rank's own live shards: a tracked one as it is, any other rebuilt from snapshots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from sharded_phema.averages import Averages
 from sharded_phema.errors import OrderError
 from sharded_phema.feed import Feed
 from sharded_phema.layout import ShardLayout
@@ -16,27 +18,40 @@ from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild
 from sharded_phema.store import Piece, Run
 from sharded_phema.sums import STRIP, Job, Precision, Sums, one_thread, strips
+from sharded_phema.target import parse_target
+from sharded_phema.tracked import TrackedSet
 from sharded_phema.world import agree, from_first
 
-__all__ = ["one_of", "rebuilt_filler"]
+__all__ = ["filler", "one_of"]
 
 
-def rebuilt_filler(
-    wanted: Wanted, stored: Callable[[], Run], layout: ShardLayout, *, tracked: Sequence[object]
+def filler(
+    wanted: Wanted, tracked: TrackedSet, averages: Averages, layout: ShardLayout, *, stored: Callable[[], Run]
 ) -> Callable[[], object]:
-    """What writes a rebuilt average into the local shards. Called by every rank, as is what it gives: collective.
+    """What writes an average into the local shards. Called by every rank, as is what it gives.
 
     Args:
         wanted: A target, or targets by patterns of parameter names.
-        stored: Gives the run.
+        tracked: What the averages follow.
+        averages: As they are now.
         layout: Live local shards.
-        tracked: What the run tracks, for messages.
+        stored: Gives the run, for what is not tracked.
 
     Raises:
-        OrderError: There is no snapshot yet.
+        OrderError: It is not tracked, and there is no snapshot yet.
         TargetError: The target is none, or cannot be rebuilt at its time.
         StoreError: The snapshots are missing or damaged.
     """
+    index = None if isinstance(wanted, Mapping) else tracked.find(parse_target(wanted))
+    if index is not None:
+        return partial(averages.copy_to_params_, index)
+    return _rebuilt(wanted, stored, layout, tracked=tracked.asked)
+
+
+def _rebuilt(
+    wanted: Wanted, stored: Callable[[], Run], layout: ShardLayout, *, tracked: Sequence[object]
+) -> Callable[[], object]:
+    """What writes a rebuilt average into the local shards. Collective, as is what it gives."""
     outputs = parse_outputs([wanted])
     run = agree(stored)
     if not run.snapshots:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sharded_phema.averages import Averages
 from sharded_phema.background import Background, Foreground
 from sharded_phema.course import Course
 from sharded_phema.errors import OrderError
-from sharded_phema.filling import one_of, rebuilt_filler
+from sharded_phema.filling import filler, one_of
 from sharded_phema.folder import open_folder
 from sharded_phema.identity import run_record
 from sharded_phema.leniency import leniency
@@ -31,7 +30,6 @@ from sharded_phema.staging import LazyCopies, alive
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import Run, open_run
 from sharded_phema.swap import weights_swapped
-from sharded_phema.target import parse_target
 from sharded_phema.tracked import asked_for, tracked_set
 from sharded_phema.world import agree
 
@@ -76,6 +74,11 @@ class PostHocEMA:
             ``"0.05:0.20 count=20"``, ``"0.1 bytes=10GB"``. All, unless it is said.
         on_error: ``"raise"`` when a snapshot cannot be stored, or ``"warn"`` and go on without it.
         timeout_s: Longest wait for another rank's part of a snapshot, in seconds.
+        kernel: What updates the averages: ``"auto"``, ``"fused"``, ``"triton"``, ``"foreach"`` or ``"reference"``.
+        non_finite: ``"skip"`` leaves out updates where this rank has NaN or infinity, ``"average"`` takes all.
+        overlap: Update beside the training, on a CUDA stream or, on the CPU, a thread. Steps of torch's optimizers wait
+            for it; call ``wait`` before weights are written in another way.
+        offload: Keep the averages in host memory and update them there, beside the training in the same sense.
 
     Raises:
         TargetError: A width, profile, rhythm or dtype is impossible, or an average is asked for twice.
@@ -105,6 +108,10 @@ class PostHocEMA:
         retention: Retention | str | None = None,
         on_error: str = "raise",
         timeout_s: float = 600.0,
+        kernel: str = "auto",
+        non_finite: str = "average",
+        overlap: bool = False,
+        offload: bool = False,
     ) -> None:
         check_dtype(dtype)
         self._tried = leniency(on_error)
@@ -115,16 +122,12 @@ class PostHocEMA:
         self._layout = self._mapped.averaged
         stored = (self._layout, self._mapped.copied, self._mapped.frozen)
         expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, *stored, dtype=dtype))
+        how = partial(Averages, kernel=kernel, non_finite=non_finite, overlap=overlap, offload=offload)
+        self._averages = agree(lambda: how(self._layout, len(self._tracked.targets)))
+        jobs, stage = (Background(), LazyCopies()) if asynchronous else (Foreground(), alive)
         self._session = Session(
-            open_folder(root),
-            expected,
-            stored,
-            jobs=Background() if asynchronous else Foreground(),
-            stage=LazyCopies() if asynchronous else alive,
-            timeout_s=timeout_s,
-            retain=remover(retention),
+            open_folder(root), expected, stored, jobs=jobs, stage=stage, timeout_s=timeout_s, retain=remover(retention)
         )
-        self._averages = Averages(self._layout, len(self._tracked.targets))
         self._course = Course(self._averages, schedule, self._tracked)
         self._busy = ""
 
@@ -132,6 +135,11 @@ class PostHocEMA:
     def t(self) -> float:
         """Training time of the last ``update``, in the run's unit."""
         return self._course.clock.t
+
+    @property
+    def skipped(self) -> int:
+        """How many updates this rank left out, with ``non_finite="skip"``. Asking waits for the device."""
+        return self._averages.skipped
 
     def update(self, t: float | None = None) -> None:
         """Take the weights as they are now into every average. Call it after ``optimizer.step()``.
@@ -148,6 +156,10 @@ class PostHocEMA:
         if self._course.advance(t, self._session.record.unit):
             self.snapshot()
         self._tried(self._session.check)
+
+    def wait(self) -> None:
+        """Wait for an update beside the training. Optimizers do so themselves, before they write weights."""
+        self._averages.wait()
 
     def snapshot(self) -> str:
         """Store the averages as of now. Every rank must call it; each writes its own shards.
@@ -168,7 +180,7 @@ class PostHocEMA:
     def _snapshot(self) -> None:
         self._course.catch_up()
         self._course.check_begun("snapshot")
-        self._session.snapshot(self._course.clock, self._averages_by_label(), check=self._averages.check_live)
+        self._session.snapshot(self._course.clock, self._averages_by_label(), check=self._averages.check)
 
     @contextmanager
     def swapped(
@@ -191,8 +203,9 @@ class PostHocEMA:
             StoreError: It is not tracked, and the snapshots are missing or damaged.
         """
         self._check_ready("swapped")
-        self._averages.check_live()
-        fill = self._filler(one_of(target, sigma_rel))
+        self._averages.check()
+        self._course.check_begun("swapped")
+        fill = filler(one_of(target, sigma_rel), self._tracked, self._averages, self._layout, stored=self._stored_run)
         self._busy = "the weights are swapped for an average"
         try:
             with weights_swapped(self._layout, self._mapped.shared, fill, self._mapped.publish, offload=offload):
@@ -206,6 +219,7 @@ class PostHocEMA:
         Tensors alias the averages: save before the next update. Keys are parameter
         names and hold global shapes, so that any world size can load them.
         """
+        self._averages.check_filled()
         return state_of(self._course.clock, self._averages_by_label())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -216,24 +230,20 @@ class PostHocEMA:
         Raises:
             ModelMismatch: Averages or parameters differ; nothing is changed then.
         """
-        self._check_fresh()
-        self._continue_at(load_state(state_dict, self._averages_by_label()))
+        self._restore(lambda averages: load_state(state_dict, averages))
 
     def resume(self, t: float | None = None) -> float:
-        """Continue from a snapshot alone: the one at training time ``t``, or the last. Call it on every rank.
+        """Continue from a snapshot alone: the one at training time ``t``, or the last; gives its training time.
+
+        Call it on every rank.
 
         A run that stores float16 or bfloat16 goes on from averages rounded to it. Where the averages must be those of
         an uninterrupted run to the last bit, load the checkpoint's ``state_dict``, which is float32, instead.
 
-        Returns:
-            Training time of the restored averages.
-
         Raises:
             StoreError: There is no such snapshot, or it is damaged.
         """
-        self._check_fresh()
-        averages = self._averages_by_label()
-        self._continue_at(agree(lambda: fill_from_snapshot(open_run(self.root), t, averages)))
+        self._restore(lambda averages: agree(lambda: fill_from_snapshot(open_run(self.root), t, averages)))
         return self.t
 
     def close(self) -> None:
@@ -250,6 +260,7 @@ class PostHocEMA:
         earlier = self._session.settled()
         self._tried(self._store_the_rest)
         self._busy = "closed"
+        self._averages.close()
         self._session.close()
         self._tried(earlier)
 
@@ -262,31 +273,21 @@ class PostHocEMA:
     def __enter__(self) -> PostHocEMA:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self.close()
 
     def _averages_by_label(self) -> dict[str, Any]:
         return {label: self._averages.layout(index) for index, label in enumerate(self._session.record.averages)}
 
-    def _check_fresh(self) -> None:
+    def _restore(self, fill: Callable[[dict[str, Any]], Clock]) -> None:
         if self._busy or self._session.stored:
             raise OrderError(
                 "restoring: this object has stored snapshots or is in use",
                 hint="restore right after making PostHocEMA, before the first update",
             )
-
-    def _continue_at(self, restored: Clock) -> None:
-        self._course.clock = restored
-        self._session.continue_at(restored.t)
-
-    def _filler(self, wanted: Wanted) -> Callable[[], object]:
-        """What writes the wanted average into the local shards."""
-        self._course.check_begun("swapped")
-        index = None if isinstance(wanted, Mapping) else self._tracked.find(parse_target(wanted))
-        if index is not None:
-            return partial(self._averages.copy_to_params_, index)
-        return rebuilt_filler(wanted, self._stored_run, self._layout, tracked=self._tracked.asked)
+        self._course.clock = fill(self._averages_by_label())
+        self._session.continue_at(self.t)
 
     def _stored_run(self) -> Run:
         """The run, once its last snapshot is in storage whole."""

@@ -12,7 +12,7 @@ LAYERS = [
     {"folder", "leniency", "like", "seal"},
     {"background", "blocks", "width", "layout", "movement", "rounding", "schedule", "spelling", "tensorfile", "world"},
     {"profile", "stream"},
-    {"quadrature", "target", "manifest", "kernels", "backends", "commit", "fingerprint", "scope", "staging"},
+    {"quadrature", "target", "manifest", "kernels", "lane", "backends", "commit", "fingerprint", "scope", "staging"},
     {"fit", "averages", "identity", "per_tensor", "tracked", "transcript"},
     {"select", "store"},
     {"export", "forecast", "frozen", "grid", "job", "replicas", "source", "state", "verify"},

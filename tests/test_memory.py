@@ -68,7 +68,8 @@ def memory_body(kind: str, dtype: torch.dtype, root: Path) -> tuple[int, int, in
 def test_a_rank_holds_four_bytes_an_average_and_element_of_its_share_and_little_else(tmp_path, kind, ranks, dtype):
     share = 2 * 4 * PARAMETERS // ranks
     for made, updated, stored in run_ranks(ranks, memory_body, kind, dtype, tmp_path):
-        assert share <= made + MIB, "the averages are there"
+        # Memory that was freed before the count begins may be used again, one or two MiB of it.
+        assert share <= made + 4 * MIB, "the averages are there"
         assert max(made, updated, stored) <= share + 64 * MIB
         assert updated - made <= 8 * MIB
 

@@ -138,8 +138,8 @@ def frugal_body(root: Path, dtype: torch.dtype) -> tuple[int, int, int, int, int
 def test_update_and_snapshot_call_no_collective_and_allocate_nothing_of_the_models_size(tmp_path, ranks, dtype) -> None:
     for update_calls, snapshot_calls, updated, stored, peak in run_ranks(ranks, frugal_body, tmp_path, dtype):
         assert (update_calls, snapshot_calls) == (0, 0)
-        # float32 moves in place; lower precision is widened in chunks of at most 2**20 elements, and so are norms.
-        assert updated == 0 if dtype == torch.float32 else 0 < updated <= -(-2001 // ranks) * 1500 < 1 << 20
+        assert updated == 0, "whatever is widened has room that was made before, or none"
+        # Norms are taken in chunks.
         assert stored <= 1 << 20 < 1500 * 2001
         assert peak < 10**6, "bytes held by Python while a snapshot of 12 MB shards is written"
 
