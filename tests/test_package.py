@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_public_names_are_these_and_sorted() -> None:
-    assert sharded_phema.__all__ == ["PhemaError", "PostHocEMA", "__version__", "parse_target", "reconstruct"]
+    assert sharded_phema.__all__ == [
+        "PhemaError",
+        "PostHocEMA",
+        "__version__",
+        "load_into",
+        "parse_target",
+        "reconstruct",
+    ]
     assert sharded_phema.__all__ == sorted(sharded_phema.__all__)
 
 
