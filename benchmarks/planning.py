@@ -86,7 +86,7 @@ def _write_records(root: str, ranks: int, tensors: int, snapshots: int) -> tuple
     create_run(folder, run)
     start_session(folder, SessionRecord(run.run, SESSION, "", 0.0, ranks, layout_id(layout)), layout)
     sizes = tuple(8 * COLUMNS * sum(c.edges[rank + 1] - c.edges[rank] for c in cuts) for rank in range(ranks))
-    parts = tuple(Part(size, bytes(range(DIGEST_BYTES)) * -(-size // BLOCK_BYTES)) for size in sizes)
+    parts = tuple(Part(size, bytes(range(16)) * -(-size // BLOCK_BYTES)) for size in sizes)
     for number in range(snapshots):
         t = 100.0 * (number + 1)
         commit_snapshot(folder, SnapshotRecord(run.run, SESSION, number, t, 1.0, parts, (1e3, 1e3), (1e-2 * t,)))
