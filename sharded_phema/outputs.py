@@ -46,7 +46,7 @@ class Outputs:
 
     files: TensorFiles
     record: RunRecord
-    _open: OrderedDict[Path, int] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    _open: OrderedDict[str, int] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
 
     def write(self, pieces: Sequence[Piece], values: Tensor, folders: Sequence[Sequence[Path]]) -> int:
         """Write a strip of averaged parameters.
@@ -68,7 +68,9 @@ class Outputs:
             self._check_range(pieces, row, dtype)
             numbers = row.to(dtype)
             for folder in several:
-                written += sum(self._put(folder / run.file, run.begin, numbers[run.start : run.stop]) for run in runs)
+                written += sum(
+                    self._put(f"{folder}/{run.file}", run.begin, numbers[run.start : run.stop]) for run in runs
+                )
         return written
 
     def write_raw(self, index: int, start: int, values: Tensor, folders: Sequence[Path]) -> int:
@@ -91,7 +93,7 @@ class Outputs:
         if numbers is not values and bool((infinite := numbers.isinf() & values.isfinite()).any()):
             raise _too_large(self.record.raw[index].name, float(values[infinite].abs().max()), numbers.dtype)
         begin = place.begin + start * numbers.element_size()
-        return sum(self._put(folder / place.file, begin, numbers) for folder in folders)
+        return sum(self._put(f"{folder}/{place.file}", begin, numbers) for folder in folders)
 
     def duplicates(self) -> list[int]:
         """Descriptors of the files that are open, for somebody else to flush and close.
@@ -99,7 +101,7 @@ class Outputs:
         Raises:
             OutputError: There are too many.
         """
-        with _failing(Path(self.files.places[0].file)):
+        with _failing(self.files.places[0].file):
             return [os.dup(descriptor) for descriptor in self._open.values()]
 
     def close(self) -> None:
@@ -125,14 +127,15 @@ class Outputs:
 
     def _check_range(self, pieces: Sequence[Piece], row: Tensor, dtype: torch.dtype) -> None:
         # One pass over numbers that caches hold; most strips need no second look.
-        if float(torch.linalg.vector_norm(row, float("inf"))) <= torch.finfo(dtype).max:
+        least, most = torch.aminmax(row)
+        if max(-float(least), float(most)) <= torch.finfo(dtype).max:
             return
         for piece, numbers in zip(pieces, torch.split(row, [piece.numel for piece in pieces]), strict=True):
             if not bool(numbers.to(dtype).isfinite().all()):
                 name = self.record.parameters[piece.parameter].name
                 raise _too_large(name, float(numbers.abs().max()), dtype)
 
-    def _put(self, path: Path, begin: int, numbers: Tensor) -> int:
+    def _put(self, path: str, begin: int, numbers: Tensor) -> int:
         view = bytes_of(numbers.view(torch.uint8).numpy())
         size = len(view)
         with _failing(path):
@@ -142,7 +145,7 @@ class Outputs:
                 view, begin = view[done:], begin + done
         return size
 
-    def _descriptor(self, path: Path) -> int:
+    def _descriptor(self, path: str) -> int:
         if path not in self._open:
             if len(self._open) >= OPEN_FILES:
                 _, oldest = self._open.popitem(last=False)
@@ -152,7 +155,7 @@ class Outputs:
         return self._open[path]
 
 
-def flush(descriptors: Sequence[int], where: Path) -> None:
+def flush(descriptors: Sequence[int], where: Path | str) -> None:
     """Have open files on disk, and close them, whether or not that can be done.
 
     Raises:
@@ -168,7 +171,7 @@ def flush(descriptors: Sequence[int], where: Path) -> None:
 
 
 @contextmanager
-def _failing(path: Path) -> Iterator[None]:
+def _failing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

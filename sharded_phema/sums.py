@@ -38,6 +38,9 @@ PAD = 256
 GROUP = 8
 """Stored averages that are summed in one matrix product, a strip of each, while others are read (12 MiB)."""
 
+ROWS = 8
+"""Targets of one call of the matrix product: what it makes of them stays in caches while they are read again."""
+
 AHEAD = 2
 """Groups that are read in advance: the reader need not wait until the sums have taken notice of what it read."""
 
@@ -166,10 +169,11 @@ class Sums:
         sums, values = self._sums[: len(step.job.targets)], self._read[step.turn, : len(step.group)]
         if self._values is not None:
             values = self._values[: len(step.group)].copy_(values)
-        if step.first:
-            torch.mm(step.weights, values, out=sums)
-        else:
-            sums.addmm_(step.weights, values)
+        for some, weights in zip(torch.split(sums, ROWS), torch.split(step.weights, ROWS), strict=True):
+            if step.first:
+                torch.mm(weights, values, out=some)
+            else:
+                some.addmm_(weights, values)
 
     def _mix(self, targets: tuple[int, ...]) -> _Mix:
         if targets not in self._mixes:
