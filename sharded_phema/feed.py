@@ -22,6 +22,11 @@ __all__ = ["Feed"]
 
 Row = NDArray[np.float32]
 
+Rooms = dict[int, tuple[Row, NDArray[np.uint8]]]
+"""Rows that are filled from a lower precision, by their addresses, and where what is read for them lies until then."""
+
+EMPTY = np.empty(0, np.uint8)
+
 
 class Feed:
     """Reads pieces of averages for one process. What it gave is proven only once ``finish`` returns.
@@ -36,6 +41,7 @@ class Feed:
         self._spans: dict[int, Spans] = {}  # the same by layouts
         self._pieces: Sequence[Piece] | None = None
         self._routes: dict[int, tuple[Span, ...]] = {}  # of these pieces, by the identity of layouts
+        self._rooms: Rooms = {}
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     @property
@@ -119,16 +125,16 @@ class Feed:
 
     def _begin(self, source: Source) -> _Reader:
         layout = source.snapshot.layout
-        self._readers[id(source)] = _Reader(source, self._spans.setdefault(id(layout), Spans(layout)))
+        self._readers[id(source)] = _Reader(source, self._spans.setdefault(id(layout), Spans(layout)), self._rooms)
         return self._readers[id(source)]
 
 
 class _Reader:
     """One stored average: a stream in each rank's file that is asked for something."""
 
-    def __init__(self, source: Source, spans: Spans) -> None:
+    def __init__(self, source: Source, spans: Spans, rooms: Rooms) -> None:
         self.source, self.snapshot, self.layout = source, source.snapshot, id(source.snapshot.layout)
-        self._spans = spans
+        self._spans, self._rooms = spans, rooms
         self._dtype = DTYPES[self.snapshot.record.dtype][1]
         self._width, self._as_stored = self._dtype.itemsize, self._dtype == torch.float32
         self._read_before = 0
@@ -152,9 +158,20 @@ class _Reader:
             if self._as_stored and span.strides is None:
                 stream.fill(begin, raw[span.begin * 4 : (span.begin + span.count) * 4])
             else:
-                read = np.empty(span.count * self._width, np.uint8)
+                read = self._room(row, span)
                 stream.fill(begin, bytes_of(read))
                 _lay(torch.from_numpy(read).view(self._dtype), span, torch.from_numpy(row))
+
+    def _room(self, row: Row, span: Span) -> NDArray[np.uint8]:
+        """Memory for what is read before it is widened: the same each time that a row comes back, as rows do."""
+        if span.strides is not None:
+            return np.empty(span.count * self._width, np.uint8)
+        # The row is held too: another one at its address would take the room before what is in it was checked.
+        _, room = self._rooms.get(row.ctypes.data, (row, EMPTY))
+        if room.size < row.size * self._width:
+            room = np.empty(row.size * self._width, np.uint8)
+            self._rooms[row.ctypes.data] = row, room
+        return room[span.begin * self._width : (span.begin + span.count) * self._width]
 
     def check(self) -> None:
         for stream, _ in tuple(self._streams.values()):

@@ -24,8 +24,8 @@ from sharded_phema.store import Piece
 
 __all__ = ["GROUP", "STRIP", "Job", "Precision", "Sums", "one_thread", "strip_of", "strips"]
 
-STRIP = 1 << 17
-"""Elements that are summed at a time: a strip of one average (512 KiB) is hashed and summed while caches hold it."""
+STRIP = 1 << 18
+"""Elements that are summed at a time: a strip of one average (1 MiB) is hashed and summed while caches hold it."""
 
 REMOTE_STRIP = 1 << 20
 """The same where every range costs a request over a network."""
@@ -36,7 +36,7 @@ PAD = 256
 """Columns of every product that nobody asks for: kernels sum the last few, which fill no whole register, otherwise."""
 
 GROUP = 8
-"""Stored averages that are summed in one matrix product, a strip of each, while others are read (12 MiB)."""
+"""Stored averages that are summed in one matrix product, a strip of each, while others are read (24 MiB)."""
 
 ROWS = 8
 """Targets of one call of the matrix product: what it makes of them stays in caches while they are read again."""
@@ -217,7 +217,7 @@ def strip_of(plan: Plan, memory: int, precision: Precision = "float32") -> tuple
     """
     wide, rows = (4 if precision == "float32" else 8), min(GROUP, len(plan.sources))
     # Beside rows and sums: sums as they are rounded, and what checks and conversions make of one row.
-    element = rows * (4 * (AHEAD + 1) + (0 if wide == 4 else 8)) + len(plan.targets) * wide + 4 * 4
+    element = rows * ((4 + 2) * (AHEAD + 1) + (0 if wide == 4 else 8)) + len(plan.targets) * wide + 4 * 4
     strip = STRIP if is_local(plan.run.root) else REMOTE_STRIP
     while (strip + PAD) * element + KEPT_BYTES > memory and strip > LEAST_STRIP:
         strip //= 2
