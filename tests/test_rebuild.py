@@ -408,15 +408,19 @@ def test_a_run_all_of_whose_snapshots_are_damaged_fails_and_leaves_nothing(tmp_p
 @examples(10)
 @given(st.integers(1, 9), st.integers(2, 5), st.integers(0, 6))
 def test_weights_that_stand_still_are_rebuilt_as_they_are(every, count, start):
-    # Oracle: any average of a constant is the constant; coefficients sum to 1 to rounding times their size.
+    # Oracle: any average of a constant is the constant. Coefficients sum to 1 to rounding times their size; in float32
+    # each of n of them, its product and its sum are rounded, by 2^-24 of the magnitudes at most.
     model = Free(w=5)
     with tempfile.TemporaryDirectory() as folder:
         ema = PostHocEMA(model, Path(folder) / "run", snapshot_every=every, start=start)
         for _ in range(every * count + start):
             model.set(w=[1.0, -2.0, 3.5, 1e-3, 1e6])
             ema.update()
-        plan = reconstruct(Path(folder) / "run", [0.07, 0.2], out=Path(folder) / "out")
-        for planned in plan.targets:
-            found = tensors_of(Path(folder) / "out" / planned.target.slug)["w"]
-            tolerance = 1e-7 * max(1.0, planned.fit.noise_gain)
-            np.testing.assert_allclose(found, [1.0, -2.0, 3.5, 1e-3, 1e6], rtol=tolerance)
+        for precision in ("float64", "float32"):
+            out = Path(folder) / precision
+            plan = reconstruct(Path(folder) / "run", [0.07, 0.2], out=out, precision=precision)
+            unit = 1e-7 if precision == "float64" else (len(plan.sources) + 2) * 2.0**-24
+            for planned in plan.targets:
+                found = tensors_of(out / planned.target.slug)["w"]
+                tolerance = unit * max(1.0, planned.fit.noise_gain)
+                np.testing.assert_allclose(found, [1.0, -2.0, 3.5, 1e-3, 1e6], rtol=tolerance)
