@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sharded_phema.errors import StoreError
 from sharded_phema.folder import of_each
 from sharded_phema.folder.contract import bytes_of
 from sharded_phema.losses import Losses
 from sharded_phema.source import Source
-from sharded_phema.store import Piece, Snapshot, Span, Spans
+from sharded_phema.store import Piece, Span, Spans
 from sharded_phema.stream import Stream
 from sharded_phema.tensorfile import DTYPES
 
@@ -69,16 +68,13 @@ class Feed:
             reader = self._readers.get(id(source)) or self._begin(source)
             shelves.setdefault(source.snapshot.name, []).append((reader, row))
             if reader.layout not in routes:
-                routes[reader.layout] = self._route(source.snapshot, pieces)
+                with self._losses.reading(source.snapshot):
+                    routes[reader.layout] = reader.spans.of(pieces)
 
         def read(shelf: Sequence[tuple[_Reader, Row]]) -> None:
-            reader = shelf[0][0]
-            try:
+            with self._losses.reading(shelf[0][0].snapshot):
                 for reader, row in shelf:
                     reader.fill(routes[reader.layout], row)
-            except StoreError as error:
-                self._losses.note(reader.snapshot, error)
-                raise
 
         # One thread a snapshot where storage is remote: its averages lie in the same files.
         if sources:
@@ -91,12 +87,8 @@ class Feed:
             StoreError: Something that was given before is damaged.
         """
         for source in sources:
-            reader = self._readers[id(source)]
-            try:
-                reader.check()
-            except StoreError as error:
-                self._losses.note(reader.snapshot, error)
-                raise
+            with self._losses.reading(source.snapshot):
+                self._readers[id(source)].check()
 
     def finish(self) -> None:
         """Prove all that was given so far, and close the files.
@@ -119,10 +111,6 @@ class Feed:
             with self._losses.reading(reader.snapshot):
                 act(reader)
 
-    def _route(self, snapshot: Snapshot, pieces: Sequence[Piece]) -> tuple[Span, ...]:
-        with self._losses.reading(snapshot):
-            return self._spans.setdefault(id(snapshot.layout), Spans(snapshot.layout)).of(pieces)
-
     def _begin(self, source: Source) -> _Reader:
         layout = source.snapshot.layout
         self._readers[id(source)] = _Reader(source, self._spans.setdefault(id(layout), Spans(layout)), self._rooms)
@@ -134,7 +122,7 @@ class _Reader:
 
     def __init__(self, source: Source, spans: Spans, rooms: Rooms) -> None:
         self.source, self.snapshot, self.layout = source, source.snapshot, id(source.snapshot.layout)
-        self._spans, self._rooms = spans, rooms
+        self.spans, self._rooms = spans, rooms
         self._dtype = DTYPES[self.snapshot.record.dtype][1]
         self._width, self._as_stored = self._dtype.itemsize, self._dtype == torch.float32
         self._read_before = 0
@@ -195,7 +183,7 @@ class _Reader:
     def _begin(self, rank: int) -> tuple[Stream, int]:
         """A stream of a rank's file, and the byte at which this average begins there."""
         file, begin = self.snapshot.averages_of(rank)
-        held = int(self._spans.firsts(rank)[-1]) * self._width
+        held = int(self.spans.firsts(rank)[-1]) * self._width
         self._streams[rank] = Stream(file), begin + self.source.average * held
         return self._streams[rank]
 

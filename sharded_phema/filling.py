@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 
@@ -17,12 +18,12 @@ from sharded_phema.losses import Losses, leaving_out
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild
 from sharded_phema.store import Piece, Run
-from sharded_phema.sums import STRIP, Job, Precision, Sums, one_thread, strips
+from sharded_phema.sums import STRIP, Precision, Strip, Sums, one_thread, strips
 from sharded_phema.target import parse_target
 from sharded_phema.tracked import TrackedSet
 from sharded_phema.world import agree, from_first
 
-__all__ = ["filler", "one_of"]
+__all__ = ["fill_shards", "filler", "flattened_shards", "one_of"]
 
 
 def filler(
@@ -87,12 +88,11 @@ def fill_shards(plan: Plan, shards: ShardLayout, losses: Losses, precision: Prec
         StoreError: A snapshot is damaged or cannot be read.
     """
     feed = Feed(losses)
-    flats = [_flat(shard.local) for shard in shards]
     shapes, choice = [shard.global_shape for shard in shards], plan.outputs[0].choice
-    with one_thread():
+    with flattened_shards(shards) as flats, one_thread():
         sums = Sums(plan, feed, STRIP, precision)
         jobs = (
-            Job((target,), strip)
+            Strip((target,), strip)
             for target, chosen in groupby(range(len(shards)), lambda index: choice[index])
             for strip in strips((Piece.of(i, b, shapes[i]) for i in chosen for b in shards[i].boxes), sums.strip)
         )
@@ -103,14 +103,16 @@ def fill_shards(plan: Plan, shards: ShardLayout, losses: Losses, precision: Prec
             feed.finish()
         finally:
             feed.close()
+
+
+@contextmanager
+def flattened_shards(shards: ShardLayout) -> Iterator[list[Tensor]]:
+    """Shards to be filled, each as one run of elements: aliases where they lie so, else copied back at the end."""
+    flats = [s.local.view(-1) if s.local.is_contiguous() else torch.empty_like(s.local).reshape(-1) for s in shards]
+    yield flats
     for shard, flat in zip(shards, flats, strict=True):
         if flat.data_ptr() != shard.local.data_ptr():
             shard.local.copy_(flat.view(shard.local.shape))
-
-
-def _flat(local: Tensor) -> Tensor:
-    """A shard as one run of elements: an alias where it lies so."""
-    return local.view(-1) if local.is_contiguous() else torch.empty_like(local).reshape(-1)
 
 
 class _Slots:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sharded_phema.errors import ModelMismatch
-from sharded_phema.filling import fill_shards
+from sharded_phema.filling import fill_shards, flattened_shards
 from sharded_phema.fit import Metric
 from sharded_phema.grid import BLOCK
-from sharded_phema.layout import ParamShard, ShardLayout, cut, flattened
+from sharded_phema.layout import Box, ParamShard, ShardLayout, cut, flattened
 from sharded_phema.losses import Losses, leaving_out
 from sharded_phema.manifest import Parameter, RawTensor, RunRecord
 from sharded_phema.mapping import held_by
@@ -139,19 +139,16 @@ def _fill(plan: Plan, live: _Live, losses: Losses, precision: Precision) -> None
 
 
 @torch.no_grad()
-def _fill_raw(snapshot: Snapshot, first: int, shards: Sequence[ParamShard]) -> None:
-    for index, shard in enumerate(shards, first):
-        local = shard.local
-        flat = local.view(-1) if local.is_contiguous() else torch.empty_like(local).reshape(-1)
-        for start in range(0, flat.numel(), BLOCK):
-            stop = min(start + BLOCK, flat.numel())
-            parts = [_read(snapshot, index, shard, box) for box in cut(shard.boxes, start, stop)]
-            flat[start:stop].copy_(torch.cat(parts))
-        if flat.data_ptr() != local.data_ptr():
-            local.copy_(flat.view(local.shape))
+def _fill_raw(snapshot: Snapshot, first: int, shards: ShardLayout) -> None:
+    with flattened_shards(shards) as flats:
+        for index, (shard, flat) in enumerate(zip(shards, flats, strict=True), first):
+            for start in range(0, flat.numel(), BLOCK):
+                stop = min(start + BLOCK, flat.numel())
+                parts = [_read(snapshot, index, shard, box) for box in cut(shard.boxes, start, stop)]
+                flat[start:stop].copy_(torch.cat(parts))
 
 
-def _read(snapshot: Snapshot, index: int, shard: ParamShard, box: Any) -> Tensor:
+def _read(snapshot: Snapshot, index: int, shard: ParamShard, box: Box) -> Tensor:
     run = flattened(box, shard.global_shape)
     if run is not None:
         return snapshot.read_raw(index, run.offsets[0], run.offsets[0] + run.numel)

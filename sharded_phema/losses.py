@@ -25,12 +25,8 @@ class Losses:
         try:
             yield
         except StoreError as error:
-            self.note(snapshot, error)
+            self.found.setdefault(snapshot.name, error.message)
             raise
-
-    def note(self, snapshot: Snapshot, error: StoreError) -> None:
-        """Note such a failure."""
-        self.found.setdefault(snapshot.name, error.message)
 
 
 def leaving_out(plan: Plan, again: Callable[[Run], Plan], act: Callable[[Plan, Losses], object]) -> Plan:

@@ -221,8 +221,9 @@ class _Rebuilding:
         make = partial(
             begin, self._wish.out, request, self._plan.coefficients, blocks, self._create, force=self._wish.force
         )
-        from_first(lambda: make() and None)
-        return agree(make)
+        first: list[Job] = []  # of rank 0, which lays out what the others join
+        from_first(lambda: first.append(make()))
+        return agree(lambda: first[0] if first else make())
 
     def _create(self, files: Path) -> None:
         for index, slug in enumerate(self._prepared.slugs):

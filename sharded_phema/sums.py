@@ -22,7 +22,7 @@ from sharded_phema.recipe import Plan
 from sharded_phema.source import Source
 from sharded_phema.store import Piece
 
-__all__ = ["GROUP", "STRIP", "Job", "Precision", "Sums", "one_thread", "strip_of", "strips"]
+__all__ = ["GROUP", "STRIP", "Precision", "Strip", "Sums", "one_thread", "strip_of", "strips"]
 
 STRIP = 1 << 18
 """Elements that are summed at a time: a strip of one average (1 MiB) is hashed and summed while caches hold it."""
@@ -62,7 +62,7 @@ class _Mix:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Strip:
     """A strip that is wanted.
 
     Attributes:
@@ -85,7 +85,7 @@ class Job:
 class _Step:
     """A group of sources of a strip: what is read, and then added, at once; ``turn`` says into which buffer."""
 
-    job: Job
+    job: Strip
     group: tuple[Source, ...]
     weights: Tensor
     turn: int
@@ -125,7 +125,7 @@ class Sums:
         self._sums = torch.empty(len(plan.targets), wide, dtype=self._dtype, device=self._device)
         self._mixes: dict[tuple[int, ...], _Mix] = {}
 
-    def over(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Tensor]]:
+    def over(self, jobs: Iterable[Strip]) -> Iterator[tuple[Strip, Tensor]]:
         """Strips, each with its sums, (targets, elements), on the CPU, valid until the next one is asked for.
 
         The next sources are read and checked, by a thread, while those that were read are summed.
@@ -146,7 +146,7 @@ class Sums:
                 if step.last:
                     yield step.job, self._sums[: len(step.job.targets), : step.job.numel].cpu()
 
-    def _steps(self, jobs: Iterable[Job]) -> Iterator[_Step]:
+    def _steps(self, jobs: Iterable[Strip]) -> Iterator[_Step]:
         turn = 0
         for job in jobs:
             mix = self._mix(job.targets)
@@ -161,7 +161,7 @@ class Sums:
         if self._checks_ahead(step.job):
             self._feed.check(step.group)
 
-    def _checks_ahead(self, job: Job) -> bool:
+    def _checks_ahead(self, job: Strip) -> bool:
         """Whether the thread that reads also hashes: where sums are much work, the other one has no time for it."""
         return len(job.targets) > FEW
 

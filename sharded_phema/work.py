@@ -21,8 +21,7 @@ from sharded_phema.outputs import Outputs, flush
 from sharded_phema.recipe import Plan
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import Layout
-from sharded_phema.sums import Job as Strip
-from sharded_phema.sums import Sums, strips
+from sharded_phema.sums import Strip, Sums, strips
 from sharded_phema.tensorfile import torch_dtype
 
 __all__ = ["CHECKPOINT", "Division", "Work", "divide"]
