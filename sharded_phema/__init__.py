@@ -8,22 +8,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sharded_phema.checkpoint import load_checkpoint, save_checkpoint
     from sharded_phema.errors import PhemaError
     from sharded_phema.load import load_into
     from sharded_phema.posthoc import PostHocEMA
     from sharded_phema.rebuild import reconstruct
     from sharded_phema.target import parse_target
 
-__all__ = ["PhemaError", "PostHocEMA", "__version__", "load_into", "parse_target", "reconstruct"]
+__all__ = [
+    "PhemaError",
+    "PostHocEMA",
+    "__version__",
+    "load_checkpoint",
+    "load_into",
+    "parse_target",
+    "reconstruct",
+    "save_checkpoint",
+]
 
 __version__ = "0.1.0"
 
 _HOME = {
     "PhemaError": "sharded_phema.errors",
     "PostHocEMA": "sharded_phema.posthoc",
+    "load_checkpoint": "sharded_phema.checkpoint",
     "load_into": "sharded_phema.load",
     "parse_target": "sharded_phema.target",
     "reconstruct": "sharded_phema.rebuild",
+    "save_checkpoint": "sharded_phema.checkpoint",
 }
 
 # Hidden from type checkers: a module __getattr__ would let every misspelt name through.

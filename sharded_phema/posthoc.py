@@ -137,6 +137,11 @@ class PostHocEMA:
         return self._course.clock.t
 
     @property
+    def unit(self) -> str:
+        """What training time counts."""
+        return self._session.record.unit
+
+    @property
     def skipped(self) -> int:
         """How many updates this rank left out, with ``non_finite="skip"``. Asking waits for the device."""
         return self._averages.skipped
@@ -153,7 +158,7 @@ class PostHocEMA:
             StoreError: A snapshot was due and cannot be written.
         """
         self._check_ready("update")
-        if self._course.advance(t, self._session.record.unit):
+        if self._course.advance(t, self.unit):
             self.snapshot()
         self._tried(self._session.check)
 

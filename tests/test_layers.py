@@ -22,7 +22,7 @@ LAYERS = [
     {"kept", "sums"},
     {"filling", "pruning", "work"},
     {"posthoc", "prepare"},
-    {"load", "rebuild"},
+    {"checkpoint", "load", "rebuild"},
     {"plot", "tables", "integrations"},
     {"cli"},
     {"__init__", "__main__"},

@@ -17,6 +17,7 @@ def test_the_public_names_are_these_and_sorted() -> None:
         "PhemaError",
         "PostHocEMA",
         "__version__",
+        "load_checkpoint",
         "load_into",
         "parse_target",
         "reconstruct",
