@@ -21,6 +21,7 @@ def test_the_public_names_are_these_and_sorted() -> None:
         "load_into",
         "parse_target",
         "reconstruct",
+        "save_checkpoint",
     ]
     assert sharded_phema.__all__ == sorted(sharded_phema.__all__)
 
