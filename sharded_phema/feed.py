@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -19,12 +20,7 @@ from sharded_phema.tensorfile import DTYPES
 
 __all__ = ["Feed"]
 
-Row = NDArray[np.float32]
-
-Rooms = dict[int, tuple[Row, NDArray[np.uint8]]]
-"""Rows that are filled from a lower precision, by their addresses, and where what is read for them lies until then."""
-
-EMPTY = np.empty(0, np.uint8)
+Row = NDArray[Any]
 
 
 class Feed:
@@ -40,7 +36,7 @@ class Feed:
         self._spans: dict[int, Spans] = {}  # the same by layouts
         self._pieces: Sequence[Piece] | None = None
         self._routes: dict[int, tuple[Span, ...]] = {}  # of these pieces, by the identity of layouts
-        self._rooms: Rooms = {}
+        self._checking = Lock()
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     @property
@@ -49,12 +45,12 @@ class Feed:
         return sum(reader.bytes_read for reader in self._readers.values())
 
     def fill(self, sources: Sequence[Source], pieces: Sequence[Piece], rows: Sequence[Row]) -> None:
-        """Fill an array with the pieces of each source, end to end, as float32.
+        """Fill memory with the pieces of each source, end to end, in the dtype in which they are stored.
 
         Args:
             sources: What to read; the same objects at every call, since each goes on where it was.
             pieces: Which elements of them.
-            rows: A contiguous array for each source, of as many elements, to be left alone until ``check``.
+            rows: A contiguous array for each source, of as many bytes, to be left alone until ``check``.
 
         Raises:
             StoreError: A file is missing or cannot be read.
@@ -81,14 +77,15 @@ class Feed:
             of_each(sources[0].snapshot.root, read, [*shelves.values()])
 
     def check(self, sources: Sequence[Source]) -> None:
-        """Hash what ``fill`` gave of some sources since the last time. May run while ``fill`` does.
+        """Hash what ``fill`` gave of some sources since the last time. May run while ``fill`` does, in any thread.
 
         Raises:
             StoreError: Something that was given before is damaged.
         """
-        for source in sources:
-            with self._losses.reading(source.snapshot):
-                self._readers[id(source)].check()
+        with self._checking:
+            for source in sources:
+                with self._losses.reading(source.snapshot):
+                    self._readers[id(source)].check()
 
     def finish(self) -> None:
         """Prove all that was given so far, and close the files.
@@ -113,18 +110,18 @@ class Feed:
 
     def _begin(self, source: Source) -> _Reader:
         layout = source.snapshot.layout
-        self._readers[id(source)] = _Reader(source, self._spans.setdefault(id(layout), Spans(layout)), self._rooms)
+        self._readers[id(source)] = _Reader(source, self._spans.setdefault(id(layout), Spans(layout)))
         return self._readers[id(source)]
 
 
 class _Reader:
     """One stored average: a stream in each rank's file that is asked for something."""
 
-    def __init__(self, source: Source, spans: Spans, rooms: Rooms) -> None:
+    def __init__(self, source: Source, spans: Spans) -> None:
         self.source, self.snapshot, self.layout = source, source.snapshot, id(source.snapshot.layout)
-        self.spans, self._rooms = spans, rooms
+        self.spans = spans
         self._dtype = DTYPES[self.snapshot.record.dtype][1]
-        self._width, self._as_stored = self._dtype.itemsize, self._dtype == torch.float32
+        self._width = self._dtype.itemsize
         self._read_before = 0
         self._streams: dict[int, tuple[Stream, int]] = {}
 
@@ -139,27 +136,18 @@ class _Reader:
         return len(self._streams)
 
     def fill(self, route: Sequence[Span], row: Row) -> None:
-        raw = memoryview(row).cast("B")  # type: ignore[arg-type]  # arrays are typed as buffers from Python 3.12 on
+        raw, width = bytes_of(row), self._width
         for span in route:
             stream, origin = self._streams.get(span.rank) or self._begin(span.rank)
-            begin = origin + span.first * self._width
-            if self._as_stored and span.strides is None:
-                stream.fill(begin, raw[span.begin * 4 : (span.begin + span.count) * 4])
+            begin = origin + span.first * width
+            if span.strides is None:
+                stream.fill(begin, raw[span.begin * width : (span.begin + span.count) * width])
             else:
-                read = self._room(row, span)
-                stream.fill(begin, bytes_of(read))
-                _lay(torch.from_numpy(read).view(self._dtype), span, torch.from_numpy(row))
-
-    def _room(self, row: Row, span: Span) -> NDArray[np.uint8]:
-        """Memory for what is read before it is widened: the same each time that a row comes back, as rows do."""
-        if span.strides is not None:
-            return np.empty(span.count * self._width, np.uint8)
-        # The row is held too: another one at its address would take the room before what is in it was checked.
-        _, room = self._rooms.get(row.ctypes.data, (row, EMPTY))
-        if room.size < row.size * self._width:
-            room = np.empty(row.size * self._width, np.uint8)
-            self._rooms[row.ctypes.data] = row, room
-        return room[span.begin * self._width : (span.begin + span.count) * self._width]
+                read = torch.empty(span.count, dtype=self._dtype)
+                stream.fill(begin, bytes_of(read.view(torch.uint8).numpy()))
+                sizes, there, here = span.strides
+                wanted = torch.frombuffer(raw, dtype=self._dtype).as_strided(sizes, here, span.begin)
+                wanted.copy_(read.as_strided(sizes, there))
 
     def check(self) -> None:
         for stream, _ in tuple(self._streams.values()):
@@ -186,12 +174,3 @@ class _Reader:
         held = int(self.spans.firsts(rank)[-1]) * self._width
         self._streams[rank] = Stream(file), begin + self.source.average * held
         return self._streams[rank]
-
-
-def _lay(read: torch.Tensor, span: Span, row: torch.Tensor) -> None:
-    """Put what was read where it is wanted, widened to float32."""
-    if span.strides is None:
-        row[span.begin : span.begin + span.count].copy_(read)
-    else:
-        sizes, there, here = span.strides
-        row.as_strided(sizes, here, span.begin).copy_(read.as_strided(sizes, there))

@@ -18,7 +18,7 @@ from sharded_phema.losses import Losses, leaving_out
 from sharded_phema.per_tensor import Wanted, parse_outputs
 from sharded_phema.recipe import Plan, plan_rebuild
 from sharded_phema.store import Piece, Run
-from sharded_phema.sums import STRIP, Precision, Strip, Sums, one_thread, strips
+from sharded_phema.sums import Precision, Strip, Sums, one_thread, strip_of, strips
 from sharded_phema.target import parse_target
 from sharded_phema.tracked import TrackedSet
 from sharded_phema.world import agree, from_first
@@ -90,7 +90,7 @@ def fill_shards(plan: Plan, shards: ShardLayout, losses: Losses, precision: Prec
     feed = Feed(losses)
     shapes, choice = [shard.global_shape for shard in shards], plan.outputs[0].choice
     with flattened_shards(shards) as flats, one_thread():
-        sums = Sums(plan, feed, STRIP, precision)
+        sums = Sums(plan, feed, strip_of(plan, precision=precision)[0], precision)
         jobs = (
             Strip((target,), strip)
             for target, chosen in groupby(range(len(shards)), lambda index: choice[index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import scipy.linalg
@@ -91,11 +92,19 @@ def quadrature(profiles: Sequence[Profile], movement: Movement = STEADY) -> Quad
     knots = np.unique([0.0, *bends, *(knot for profile in profiles for knot in profile.knots)])
     left, right = _split(knots[:-1], knots[1:], [p for p in profiles if p.steepness > 0.0])
     order = np.argsort(left)
-    x, w = np.polynomial.legendre.leggauss(_NODES)
+    x, w = _gauss()
     left, half = left[order] / scale, (right[order] - left[order]) / (2.0 * scale)
     nodes = ((left + half)[:, None] + half[:, None] * x).ravel()
     roots = np.sqrt(half[:, None] * w).ravel()
     return Quadrature(nodes, roots, movement.at(nodes * scale), scale)
+
+
+@cache
+def _gauss() -> tuple[Array, Array]:
+    """Nodes and weights on [-1, 1]: finding them takes longer than a whole small quadrature."""
+    x, w = np.polynomial.legendre.leggauss(_NODES)
+    x.flags.writeable = w.flags.writeable = False
+    return x, w
 
 
 def _split(left: Array, right: Array, profiles: Sequence[Profile]) -> tuple[Array, Array]:

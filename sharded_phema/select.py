@@ -24,7 +24,7 @@ AUTO = 1e-3
 """Error relative to ``|raw - target|`` that ``auto`` accepts where rounding of the sources is smaller."""
 
 # Where even all sources miss what auto asks for, it trades this factor of error for fewer sources.
-_SLACK = 1.1
+_SLACK = 1.01
 # Costs so close are rounding apart: the first source of them goes, on every machine.
 _TIE = 1.0 + 1e-9
 # Rounding of the columns themselves, which keeps equal sources apart.
@@ -55,7 +55,7 @@ def select(
         sources: Profiles of the stored averages, no two equal.
         targets: Profiles of the wanted averages.
         tolerance: Largest forecast, of all targets or of each. ``auto``: 1e-3, or what rounding of one source makes
-            if that is more, or 1.1 times what all sources reach if that is still more. ``exact``: no source goes.
+            if that is more, or 1.01 times what all sources reach if that is still more. ``exact``: no source goes.
         budget: Largest number of sources. Alone, with the tolerance ``exact``, it is what is kept; with another
             tolerance sources go until both are met, the tolerance yielding.
         keep: Sources that stay in any case.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -18,16 +20,19 @@ from sharded_phema.blocks import KEPT_BYTES
 from sharded_phema.errors import TargetError
 from sharded_phema.feed import Feed
 from sharded_phema.folder import is_local
+from sharded_phema.kernels.summing import summing
 from sharded_phema.recipe import Plan
+from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.source import Source
 from sharded_phema.store import Piece
+from sharded_phema.tensorfile import torch_dtype
 
-__all__ = ["GROUP", "STRIP", "Precision", "Strip", "Sums", "one_thread", "strip_of", "strips"]
+__all__ = ["GROUP", "Precision", "Strip", "Sums", "one_thread", "strip_of", "strips"]
 
-STRIP = 1 << 18
-"""Elements that are summed at a time: a strip of one average (1 MiB) is hashed and summed while caches hold it."""
+STRIP_BYTES = 1 << 20
+"""What is read and summed at a time of one stored average: it is hashed and summed while caches hold it."""
 
-REMOTE_STRIP = 1 << 20
+REMOTE_STRIP_BYTES = 1 << 22
 """The same where every range costs a request over a network."""
 
 LEAST_STRIP = 1 << 12
@@ -45,7 +50,10 @@ AHEAD = 2
 """Groups that are read in advance: the reader need not wait until the sums have taken notice of what it read."""
 
 FEW = 3
-"""Targets up to which summing takes less time than reading."""
+"""Targets up to which row by row is faster than a matrix product."""
+
+COMPILE_BYTES = 4 << 30
+"""What is read from which on compiling, once a machine and three seconds, pays."""
 
 Precision = Literal["float32", "float64"]
 """What sums are made in."""
@@ -91,14 +99,16 @@ class _Step:
     turn: int
     first: bool
     last: bool
+    checked: Event = field(default_factory=Event, compare=False)
 
 
 class Sums:
     """Rebuilds strips in buffers that are made once: fresh ones would cost more than the arithmetic.
 
-    A strip is a matrix product over GROUP sources at a time, in their order of time. Every product has the
-    full width of a strip and some more, whatever is wanted of it, so that each element goes through the same
-    operations wherever it lies, and comes out the same, bit for bit, however the work was divided.
+    Sources are taken GROUP at a time, in their order of time. A few targets are summed row by row, as
+    ``kernels.summing`` says. More are a matrix product, which has the full width of a strip and some more, whatever is
+    wanted of it. Each element so goes through the same operations wherever it lies, and comes out the same, bit for
+    bit, however the work was divided.
 
     Args:
         plan: What to rebuild.
@@ -112,18 +122,22 @@ class Sums:
     """
 
     def __init__(
-        self, plan: Plan, feed: Feed, strip: int = STRIP, precision: Precision = "float32", device: str = "cpu"
+        self, plan: Plan, feed: Feed, strip: int, precision: Precision = "float32", device: str = "cpu"
     ) -> None:
         self._plan, self._feed, self.strip = plan, feed, strip
         self._dtype, self._device = getattr(torch, precision), _usable(device)
-        rows, wide, local = min(GROUP, len(plan.sources)), strip + PAD, self._device.type == "cpu"
+        stored, rows, wide = torch_dtype(plan.run.record.dtype), min(GROUP, len(plan.sources)), strip + PAD
+        local = self._device.type == "cpu"
         # Zeros, since what is left over of an earlier strip is multiplied too.
-        self._read = torch.zeros(AHEAD + 1, rows, wide, pin_memory=not local)
-        self._rows = [[*rows[:, :strip].numpy()] for rows in self._read]
-        as_read = local and precision == "float32"
+        self._read = torch.zeros(AHEAD + 1, rows, wide, dtype=stored, pin_memory=not local)
+        self._rows = [[*group[:, :strip].view(torch.uint8).numpy()] for group in self._read]
+        few = local and _few(plan, precision)
+        self._sum = summing(worth_compiling=_bytes_of(plan) >= COMPILE_BYTES) if few else None
+        as_read = few or (local and precision == plan.run.record.dtype)
         self._values = None if as_read else torch.zeros(rows, wide, dtype=self._dtype, device=self._device)
         self._sums = torch.empty(len(plan.targets), wide, dtype=self._dtype, device=self._device)
         self._mixes: dict[tuple[int, ...], _Mix] = {}
+        self._waiting = False
 
     def over(self, jobs: Iterable[Strip]) -> Iterator[tuple[Strip, Tensor]]:
         """Strips, each with its sums, (targets, elements), on the CPU, valid until the next one is asked for.
@@ -138,8 +152,10 @@ class Sums:
             ahead = deque((step, reader.submit(self._fill, step)) for step in islice(steps, AHEAD))
             while ahead:
                 step, read = ahead.popleft()
+                self._waiting = not read.done()
                 read.result()
-                if not self._checks_ahead(step.job):
+                self._waiting = False
+                if not step.checked.is_set():
                     self._feed.check(step.group)
                 ahead.extend((step, reader.submit(self._fill, step)) for step in islice(steps, 1))
                 self._add(step)
@@ -155,18 +171,19 @@ class Sums:
                 turn = (turn + 1) % (AHEAD + 1)
 
     def _fill(self, step: _Step) -> None:
-        rows, numel = self._rows[step.turn], step.job.numel
-        some = [row[:numel] for row in rows] if numel < self.strip else rows
-        self._feed.fill(step.group, step.job.pieces, some[: len(step.group)])
-        if self._checks_ahead(step.job):
+        size = step.job.numel * self._read.element_size()
+        rows = [row[:size] for row in self._rows[step.turn][: len(step.group)]]
+        self._feed.fill(step.group, step.job.pieces, rows)
+        # Whichever thread has time: the one that sums, if it waits for what is read, or else this one.
+        if not self._waiting:
             self._feed.check(step.group)
-
-    def _checks_ahead(self, job: Strip) -> bool:
-        """Whether the thread that reads also hashes: where sums are much work, the other one has no time for it."""
-        return len(job.targets) > FEW
+            step.checked.set()
 
     def _add(self, step: _Step) -> None:
         sums, values = self._sums[: len(step.job.targets)], self._read[step.turn, : len(step.group)]
+        if self._sum is not None:
+            self._sum(sums[:, : step.job.numel], values[:, : step.job.numel].unbind(), step.weights, step.first)
+            return
         if self._values is not None:
             values = self._values[: len(step.group)].copy_(values)
         for some, weights in zip(torch.split(sums, ROWS), torch.split(step.weights, ROWS), strict=True):
@@ -204,7 +221,7 @@ def strips(pieces: Iterable[Piece], length: int) -> Iterator[Pieces]:
         yield tuple(strip)
 
 
-def strip_of(plan: Plan, memory: int, precision: Precision = "float32") -> tuple[int, int]:
+def strip_of(plan: Plan, memory: float = math.inf, precision: Precision = "float32") -> tuple[int, int]:
     """How many elements to sum at a time so that all buffers fit, and the bytes that these take.
 
     Args:
@@ -215,10 +232,11 @@ def strip_of(plan: Plan, memory: int, precision: Precision = "float32") -> tuple
     Raises:
         TargetError: Not even the least strip fits.
     """
-    wide, rows = (4 if precision == "float32" else 8), min(GROUP, len(plan.sources))
+    wide, rows, stored = (4 if precision == "float32" else 8), min(GROUP, len(plan.sources)), _width(plan)
+    values = 0 if _few(plan, precision) or precision == plan.run.record.dtype else wide
     # Beside rows and sums: sums as they are rounded, and what checks and conversions make of one row.
-    element = rows * ((4 + 2) * (AHEAD + 1) + (0 if wide == 4 else 8)) + len(plan.targets) * wide + 4 * 4
-    strip = STRIP if is_local(plan.run.root) else REMOTE_STRIP
+    element = rows * (stored * (AHEAD + 1) + values) + len(plan.targets) * wide + 4 * 4
+    strip = (STRIP_BYTES if is_local(plan.run.root) else REMOTE_STRIP_BYTES) // stored
     while (strip + PAD) * element + KEPT_BYTES > memory and strip > LEAST_STRIP:
         strip //= 2
     if (needed := (strip + PAD) * element + KEPT_BYTES) > memory:
@@ -227,6 +245,21 @@ def strip_of(plan: Plan, memory: int, precision: Precision = "float32") -> tuple
             hint="raise --memory, or rebuild fewer targets at a time",
         )
     return strip, needed
+
+
+def _few(plan: Plan, precision: Precision) -> bool:
+    """Whether sums are made row by row: a matter of the plan alone, on whatever machine."""
+    return len(plan.targets) <= FEW and precision == "float32"
+
+
+def _width(plan: Plan) -> int:
+    return STORED_BYTES[plan.run.record.dtype]
+
+
+def _bytes_of(plan: Plan) -> int:
+    """What a plan reads of averages."""
+    numel = sum(math.prod(parameter.shape) for parameter in plan.run.record.parameters)
+    return len(plan.sources) * numel * _width(plan)
 
 
 def _usable(device: str) -> torch.device:

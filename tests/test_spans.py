@@ -105,10 +105,16 @@ def rounded(averages, dtype: str):
     return {k: [torch.from_numpy(a).to(kind).float().numpy() for a in v] for k, v in averages.items()}
 
 
-def fill(sources, pieces) -> np.ndarray:
-    rows = np.full((len(sources), sum(piece.numel for piece in pieces)), np.nan, np.float32)
+def read(feed: Feed, sources, pieces, dtype: str) -> np.ndarray:
+    """What a feed gives of sources, as float32."""
+    rows = torch.full((len(sources), sum(piece.numel for piece in pieces)), torch.nan, dtype=getattr(torch, dtype))
+    feed.fill(sources, pieces, [*rows.view(torch.uint8).numpy()])
+    return rows.float().numpy()
+
+
+def fill(sources, pieces, dtype: str) -> np.ndarray:
     feed = Feed(Losses())
-    feed.fill(sources, pieces, [*rows])
+    rows = read(feed, sources, pieces, dtype)
     feed.finish()
     return rows
 
@@ -123,7 +129,7 @@ def test_any_pieces_of_any_world_come_back_as_they_were_stored(division, dtype, 
         new_session(folder, division)
         store(folder, division, averages, t=1.0, dtype=dtype)
         (snapshot,) = open_run(folder).snapshots
-        found = fill([Source(snapshot, average) for average in range(len(LABELS))], pieces)
+        found = fill([Source(snapshot, average) for average in range(len(LABELS))], pieces, dtype)
     for row, label in zip(found, LABELS, strict=True):
         assert row.tobytes() == values_in(rounded(averages, dtype)[label], pieces).tobytes()
 
@@ -152,9 +158,7 @@ def test_the_grid_of_one_world_reads_what_another_stored(division, ranks, block,
             for number in range(len(blocks)):
                 pieces = blocks[number]
                 assert not isinstance(pieces, RawRange)
-                rows = np.full((4, sum(piece.numel for piece in pieces)), np.nan, np.float32)
-                feed.fill(sources, pieces, [*rows])
-                for row, arrays in zip(rows, found, strict=True):
+                for row, arrays in zip(read(feed, sources, pieces, dtype), found, strict=True):
                     begin = 0
                     for piece in pieces:
                         arrays[piece.parameter][piece.box.slices] = row[begin : begin + piece.numel]

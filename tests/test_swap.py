@@ -20,7 +20,7 @@ from sharded_phema.errors import OrderError, StoreError
 from sharded_phema.posthoc import PostHocEMA
 from sharded_phema.rebuild import reconstruct
 from sharded_phema.store import open_run
-from sharded_phema.sums import AHEAD, GROUP, PAD, STRIP
+from sharded_phema.sums import AHEAD, GROUP, PAD, STRIP_BYTES
 
 EVERY, STEPS = 3, 12
 TARGETS = {"0.07": "0.07", "decay": "decay:linear:0.5", "then": "0.05@t=7", "window": "window:0.3"}
@@ -201,7 +201,7 @@ def test_a_rebuilt_swap_makes_nothing_larger_than_the_saved_shard_and_its_buffer
     # Three strips of each of the four averages that two snapshots hold.
     assert GROUP > 4 and AHEAD == 2
     for largest in run_ranks(2, frugal_body, tmp_path / "run"):
-        assert largest <= max(3000 * 1001, (AHEAD + 1) * 4 * (STRIP + PAD)) < 3000 * 2001
+        assert largest <= max(3000 * 1001, (AHEAD + 1) * 4 * (STRIP_BYTES // 4 + PAD)) < 3000 * 2001
 
 
 def non_contiguous() -> Free:

@@ -170,6 +170,61 @@ void on_threads(Index count, const Index* starts, int threads, Act act) {
     for (Index thread = 0; thread < most; thread++) share(count, starts, thread, most, act);
 }
 
+// Sums that are made in one pass, and the elements of each that the nearest cache holds meanwhile.
+constexpr int SUMS = 4;
+constexpr Index SUM_TILE = 1024;
+
+// Adds weights[k * stride] * values[i] to sums[k][i]. Product and sum are rounded one after the other, which any
+// library can do too: contraction is off.
+template <class Kind, int COUNT>
+void add(const typename Kind::Stored* __restrict values, const float* weights, Index stride,
+         float (*__restrict sums)[SUM_TILE], Index count) {
+    float factor[COUNT];
+    for (int k = 0; k < COUNT; k++) factor[k] = weights[k * stride];
+#pragma omp simd
+    for (Index i = 0; i < count; i++) {
+        const float value = Kind::widened(values[i]);
+        for (int k = 0; k < COUNT; k++) sums[k][i] += factor[k] * value;
+    }
+}
+
+template <class Kind>
+void add_any(const typename Kind::Stored* values, const float* weights, Index stride, float (*sums)[SUM_TILE],
+             Index width, Index count) {
+    switch (width) {
+        case 1: return add<Kind, 1>(values, weights, stride, sums, count);
+        case 2: return add<Kind, 2>(values, weights, stride, sums, count);
+        case 3: return add<Kind, 3>(values, weights, stride, sums, count);
+        default: return add<Kind, 4>(values, weights, stride, sums, count);
+    }
+}
+
+// At most SUMS sums, tile by tile, each over all rows in their order.
+void sum_tiles(Index rows, const void* const* values, int kind, const float* weights, Index width, float* const* sums,
+               bool fresh, Index count) {
+    float tile[SUMS][SUM_TILE], room[SUM_TILE];
+    for (Index begin = 0; begin < count; begin += SUM_TILE) {
+        const Index length = std::min(SUM_TILE, count - begin), bytes = length * static_cast<Index>(sizeof(float));
+        for (Index k = 0; k < width; k++) {
+            // Of all numbers, negative zero alone leaves whatever is added to it as it is.
+            if (fresh) std::fill_n(tile[k], length, -0.0f);
+            else std::memcpy(tile[k], sums[k] + begin, bytes);
+        }
+        for (Index row = 0; row < rows; row++) {
+            const float* own = weights + row;
+            if (kind == 0) {
+                add_any<Single>(at<Single>(values[row], begin), own, rows, tile, width, length);
+            } else if (kind == 1) {
+                add_any<Brain>(at<Brain>(values[row], begin), own, rows, tile, width, length);
+            } else {
+                widen(at<Half>(values[row], begin), room, length);
+                add_any<Single>(room, own, rows, tile, width, length);
+            }
+        }
+        for (Index k = 0; k < width; k++) std::memcpy(sums[k] + begin, tile[k], bytes);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -217,6 +272,15 @@ int phema_finite(Index count, const void* const* params, const std::int8_t* kind
         if (here) __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
     });
     return !found;
+}
+
+// Adds weights[k * rows + row] * values[row][i] to sums[k][i], over the rows in their order; to nothing where fresh.
+void phema_sum(Index rows, const void* const* values, int kind, const float* weights, Index width, float* const* sums,
+               int fresh, Index count) {
+    for (Index k = 0; k < width; k += SUMS) {
+        const Index some = std::min<Index>(SUMS, width - k);
+        sum_tiles(rows, values, kind, weights + k * rows, some, sums + k, fresh != 0, count);
+    }
 }
 
 }  // extern "C"

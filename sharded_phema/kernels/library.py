@@ -1,4 +1,4 @@
-"""The compiled part of the fused update: built once for a machine, kept on disk, loaded without torch's headers."""
+"""The compiled part of updates and sums: built once for a machine, kept on disk, loaded without torch's headers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["Unavailable", "library"]
+__all__ = ["Unavailable", "is_built", "library"]
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 # Contraction is off because the source says itself what is fused: elements at the end of a tensor round like others.
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
     Raises:
         Unavailable: There is no C++ compiler with OpenMP, or nowhere to keep what it makes.
     """
-    built = _folder() / f"fused-{_digest()}.so"
+    built = _built()
     try:
         if not built.exists():
             _build(built)
@@ -47,12 +47,23 @@ def library() -> ctypes.CDLL:
         raise Unavailable(str(error)) from error
 
 
+def is_built() -> bool:
+    """Whether ``library`` would only load."""
+    return _built().exists()
+
+
+def _built() -> Path:
+    return _folder() / f"fused-{_digest()}.so"
+
+
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.phema_update.argtypes = (whole, whole, *(pointer,) * 5, number)
     loaded.phema_update.restype = None
     loaded.phema_finite.argtypes = (whole, *(pointer,) * 3, number)
     loaded.phema_finite.restype = number
+    loaded.phema_sum.argtypes = (whole, pointer, number, pointer, whole, pointer, number, whole)
+    loaded.phema_sum.restype = None
     return loaded
 
 
@@ -80,7 +91,7 @@ def _build(target: Path) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), "")
     if not compiler:
         raise Unavailable("no C++ compiler is installed")
-    _log.info("compiling the fused update of averages with %s into %s, once", compiler, target)
+    _log.info("compiling fast updates and sums of averages with %s into %s, once", compiler, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Several ranks may build at once: each for itself, and whoever renames last wins with the same contents.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
