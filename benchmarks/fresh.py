@@ -63,7 +63,7 @@ def ran(job: Job, *, threads: int) -> Trial:
         workers = []
         for worker, output in enumerate(outputs):
             with output.open("wb") as file:
-                given = [*command, str(worker)]
+                given = [*_on_cores(job, worker), *command, str(worker)]
                 workers.append(subprocess.Popen(given, env=environment, stdout=file, stderr=subprocess.STDOUT))
         _wait(workers)
         ended = time.perf_counter()
@@ -76,6 +76,15 @@ def ran(job: Job, *, threads: int) -> Trial:
     # One process may have stopped its clock in between; several that work together do not.
     seconds = reports[0]["seconds"] if job.workers == 1 else span
     return Trial(seconds, ended - began, peak, imported, *counts)
+
+
+def _on_cores(job: Job, worker: int) -> list[str]:
+    """What holds a command to the cores of a worker."""
+    if not job.cores:
+        return []
+    mine = sorted(os.sched_getaffinity(0))[worker * job.cores : (worker + 1) * job.cores]
+    assert len(mine) == job.cores, f"{job.workers} workers of {job.cores} cores each need more than there are"
+    return ["taskset", "--cpu-list", ",".join(map(str, mine))]
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> None:

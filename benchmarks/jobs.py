@@ -35,6 +35,7 @@ class Job:
         metric: Of the fit of the classic ways, as ``sharded_phema.fit.fit`` takes it.
         together: Targets that the classic ways sum in one pass.
         workers: Processes that share the work.
+        cores: Which each of them is held to, its own; 0 for no limit.
         ranges: What the plan reads, for the bare ways: files, and their first and last bytes.
         scratch: Folder where workers meet and leave their reports.
     """
@@ -51,6 +52,7 @@ class Job:
     metric: Metric
     together: int
     workers: int
+    cores: int
     ranges: tuple[Range, ...]
     scratch: str
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from closeness import errors_of
-from compared import MANY, report
+from compared import CORE_EACH, MANY, ONE_CORE, OURS, report
 from costs import multiplied
 from fresh import Trial, ran, read_all, sent_to_disk
 from jobs import Job
@@ -51,7 +51,7 @@ KNOWN = {
 }
 """What is made of the sizes that are known by name."""
 SLOW = ("classic", "dcp.load", "ema-pytorch")
-ORDER = ("plan", "bare read", "bare read and write", "ours", MANY, *SLOW)
+ORDER = ("plan", "bare read", "bare read and write", *OURS, *SLOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ class Case:
             memory=given.memory,
             metric=given.metric,
             together=max(1, min(8, int(0.6 * _memory("MemAvailable") / (4 * recipe.parameters)))),
-            workers=2 if way == MANY else 1,
+            workers=2 if way in (MANY, CORE_EACH) else 1,
+            cores=1 if way in (ONE_CORE, CORE_EACH) else 0,
             ranges=tuple(planned_ranges(self.plan)) if "bare" in way else (),
             scratch="",
         )
@@ -154,7 +155,7 @@ def _tried(case: Case, way: str) -> tuple[Trial, dict[str, float]]:
         else:
             sent_to_disk([*case.made.root.rglob("*.safetensors"), *files])
         trial = ran(job, threads=case.given.threads)
-        found = errors_of(out, case.made) if way in ("ours", MANY, *SLOW) else {}
+        found = errors_of(out, case.made) if way in (*OURS, *SLOW) else {}
     assert not found or found.keys() == set(case.targets), f"{way} rebuilt {sorted(found)} of {case.targets}"
     return trial, found
 
