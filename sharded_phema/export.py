@@ -36,12 +36,14 @@ class TensorFiles:
         sizes: Length of each file in bytes.
         places: Place of each tensor: parameters in the model's order, then those that are written as they are.
         index: Text of the Hugging Face index file; empty where one file holds everything.
+        stem: What names of files begin with.
     """
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
     places: tuple[Place, ...]
     index: str
+    stem: str
 
     def create(self, folder: Path) -> None:
         """Make the folder and its files at full length, headers filled in, numbers not."""
@@ -51,11 +53,16 @@ class TensorFiles:
                 file.write(header)
                 file.truncate(self.sizes[name])
         if self.index:
-            (folder / "model.safetensors.index.json").write_text(self.index)
+            (folder / f"{self.stem}.safetensors.index.json").write_text(self.index)
 
 
 def tensor_files(
-    parameters: Sequence[Parameter], dtype: str, max_shard_bytes: int, raw: Sequence[RawTensor] = ()
+    parameters: Sequence[Parameter],
+    dtype: str,
+    max_shard_bytes: int,
+    raw: Sequence[RawTensor] = (),
+    *,
+    stem: str = "model",
 ) -> TensorFiles:
     """Lay a model's tensors out in safetensors files, in order, a new file where the next would exceed the limit.
 
@@ -68,6 +75,7 @@ def tensor_files(
         max_shard_bytes: Limit of a file's numbers; a single larger tensor gets a file of its own.
         raw: Tensors that were stored as they are, which follow. Parameters of a floating dtype are written in
             ``dtype`` too; buffers, whole numbers and the 8-bit floats of quantized weights keep their own.
+        stem: What names of files begin with: "model", or what the library that opens them expects.
 
     Raises:
         OutputError: Unknown dtype.
@@ -84,7 +92,7 @@ def tensor_files(
             filled = 0
         groups[-1][name] = tensor
         filled += size
-    names = _file_names(len(groups))
+    names = _file_names(stem, len(groups))
     headers, sizes = {}, {}
     places: dict[str, Place] = {}
     for file, group in zip(names, groups, strict=True):
@@ -92,7 +100,7 @@ def tensor_files(
         sizes[file] = len(headers[file]) + sum(_bytes(*tensor) for tensor in group.values())
         places |= {name: Place(file, begin, group[name][1]) for name, begin in begins.items()}
     index = _index({name: places[name].file for name in tensors}, sum(_bytes(*t) for t in tensors.values()))
-    return TensorFiles(headers, sizes, tuple(places[name] for name in tensors), index if len(names) > 1 else "")
+    return TensorFiles(headers, sizes, tuple(places[name] for name in tensors), index if len(names) > 1 else "", stem)
 
 
 def _written(tensor: RawTensor, dtype: str) -> str:
@@ -107,10 +115,10 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape) * torch_dtype(dtype).itemsize
 
 
-def _file_names(count: int) -> list[str]:
+def _file_names(stem: str, count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _index(weight_map: Mapping[str, str], total: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sharded_phema.errors import OutputError
 
-__all__ = ["check_like", "copy_configuration"]
+__all__ = ["check_like", "copy_configuration", "stem_of"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp", ".lock")
 OURS = "phema.json"
@@ -25,10 +25,13 @@ def check_like(like: Path, names: Iterable[str]) -> None:
     Raises:
         OutputError: It does not.
     """
-    if not (like / "config.json").is_file() and not (like / "model_index.json").is_file():
+    if not (like / "config.json").is_file():
+        is_pipeline = (like / "model_index.json").is_file()
         raise OutputError(
-            f"{like}: expected the folder of a model with config.json, found none",
-            hint="give --like the folder that save_pretrained wrote",
+            f"{like}: expected the folder of a model with config.json, found {'a pipeline' if is_pipeline else 'none'}",
+            hint="give --like the folder of the part that was trained, such as unet"
+            if is_pipeline
+            else "give --like the folder that save_pretrained wrote",
         )
     theirs = set(_tensors(like))
     # A tied tensor may be stored under one of its names or under several.
@@ -37,6 +40,20 @@ def check_like(like: Path, names: Iterable[str]) -> None:
             f"{like}: none of its {len(theirs)} tensors, such as {missing[0]}, has the name of one of the run",
             hint="give --like the folder of the same model, saved as it was trained",
         )
+
+
+def stem_of(like: Path) -> str:
+    """What names of weight files begin with beside such a configuration: diffusers looks for other ones.
+
+    Raises:
+        OutputError: The configuration cannot be read.
+    """
+    path = like / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read: {error}", hint="give --like another folder") from error
+    return "diffusion_pytorch_model" if isinstance(found, dict) and "_diffusers_version" in found else "model"
 
 
 def copy_configuration(like: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from sharded_phema.errors import OutputError, StoreError, TargetError
 from sharded_phema.export import TensorFiles, byte_count, tensor_files
 from sharded_phema.fit import Metric
+from sharded_phema.like import stem_of
 from sharded_phema.outputs import Outputs
 from sharded_phema.per_tensor import Output
 from sharded_phema.recipe import Plan, plan_rebuild
@@ -130,7 +131,8 @@ def prepare(
             hint="restore it from a backup, or rebuild without --strict to leave it out",
         )
     record = run.record
-    files = tensor_files(record.parameters, wish.dtype, wish.limit, record.raw)
+    stem = stem_of(wish.like) if wish.like else "model"
+    files = tensor_files(record.parameters, wish.dtype, wish.limit, record.raw, stem=stem)
     settings: dict[str, Any] = {"tolerance": wish.tolerance, "metric": wish.metric, "movement": wish.movement}
     plan = plan_rebuild(_without(run, wish.leave_out), wish.outputs, once=once, **settings)
     strip, memory = strip_of(plan, wish.budget, wish.precision)

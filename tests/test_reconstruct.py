@@ -676,6 +676,34 @@ def test_beside_the_configuration_of_a_model_the_output_opens_with_from_pretrain
             assert opened(input_ids=tokens).logits.isfinite().all()
 
 
+def test_beside_a_model_of_diffusers_the_files_have_the_names_that_it_looks_for(tmp_path, monkeypatch) -> None:
+    # Oracle: the output's own tensors.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    model = diffusers.UNet2DModel(8, 1, 1, layers_per_block=1, norm_num_groups=4, add_attention=False, **blocks)
+    with PostHocEMA(model, tmp_path / "run", snapshot_every=2) as ema:
+        for _ in range(4):
+            with torch.no_grad():
+                for param in model.parameters():
+                    param += 0.1 * torch.randn_like(param)
+            ema.update()
+    model.save_pretrained(tmp_path / "pipeline" / "unet")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    for name, limit in (("one", "5GB"), ("shards", "5KB")):
+        like = tmp_path / "pipeline" / "unet"
+        reconstruct(tmp_path / "run", ["0.1"], out=tmp_path / name, like=like, max_shard_size=limit)
+        opened, report = diffusers.UNet2DModel.from_pretrained(tmp_path / name / "0.1", output_loading_info=True)
+        assert not any(report.values()), report
+        written = tensors_of(tmp_path / name / "0.1")
+        assert all(same_bits(value, written[key]) for key, value in opened.state_dict().items())
+        assert not torch.equal(opened.conv_in.weight, model.conv_in.weight)
+    with pytest.raises(OutputError, match="found a pipeline") as caught:
+        reconstruct(tmp_path / "run", ["0.1"], out=tmp_path / "no", like=tmp_path / "pipeline")
+    assert "unet" in caught.value.hint
+
+
 def by_hand(plan: Plan) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for source, (weight,) in zip(plan.sources, plan.coefficients.tolist(), strict=True):
