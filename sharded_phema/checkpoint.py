@@ -18,7 +18,7 @@ from sharded_phema.seal import sealed, unsealed
 from sharded_phema.store import open_run
 from sharded_phema.store.dcp_reader import SnapshotReader
 from sharded_phema.store.dcp_writer import SnapshotWriter
-from sharded_phema.world import agree, from_first
+from sharded_phema.world import agree, from_first, grouped
 
 __all__ = ["has_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -45,7 +45,7 @@ def save_checkpoint(ema: PostHocEMA, folder: str | os.PathLike[str]) -> None:
     number = max([*before, 0]) + 1
     if clock["start"] < math.inf:
         writer = SnapshotWriter(f"{folder}/{number:06d}", clock["updated"], start=clock["start"], unit=ema.unit)
-        _through_dcp(lambda: save(state, storage_writer=writer))
+        _through_dcp(lambda: save(state, storage_writer=writer, no_dist=not grouped()))
     record = {"unit": ema.unit, "clock": {k: v for k, v in clock.items() if v < math.inf}}
     from_first(lambda: place.write(f"{number:06d}.json", [sealed(record)]))
     from_first(lambda: _remove(place, before))
@@ -73,7 +73,8 @@ def load_checkpoint(ema: PostHocEMA, folder: str | os.PathLike[str]) -> float:
         expected = {label: set(tensors) for label, tensors in state.items() if label != "clock"}
         agree(lambda: _check_same(place, expected, run.record.averages, [p.name for p in run.record.parameters]))
         tensors = {label: state[label] for label in expected}
-        _through_dcp(lambda: load(tensors, storage_reader=SnapshotReader(run.snapshots[-1])))
+        reader = SnapshotReader(run.snapshots[-1])
+        _through_dcp(lambda: load(tensors, storage_reader=reader, no_dist=not grouped()))
     for key, value in state["clock"].items():
         value.fill_(clock.get(key, math.inf))
     ema.load_state_dict(state)

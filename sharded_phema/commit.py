@@ -19,7 +19,7 @@ import torch.distributed as dist
 from sharded_phema import errors
 from sharded_phema.background import on_thread
 from sharded_phema.errors import PhemaError, StoreError, check_number
-from sharded_phema.world import from_first, rank_and_size, tried
+from sharded_phema.world import from_first, grouped, rank_and_size, tried
 
 __all__ = ["Commits"]
 
@@ -210,7 +210,7 @@ def _connection() -> Any:
     torch 2.13 has both calls, public ones. Where an older one lacks them, the connection that all threads share will
     do: no call on it here waits for another rank.
     """
-    if not dist.is_initialized():
+    if not grouped():
         return dist.HashStore()  # type: ignore[attr-defined]
     group: Any = dist.group.WORLD
     public = hasattr(group, "get_group_store")

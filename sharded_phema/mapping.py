@@ -39,6 +39,10 @@ class MappedModel:
         """Have the next forward use what was written into the shards. Called by every rank; may communicate."""
         self._backend.publish(self._model, self._optimizer)
 
+    def steps(self) -> int | None:
+        """How many optimizer steps changed the weights so far; None where the model does not count them."""
+        return self._backend.steps(self._model, self._optimizer)
+
 
 def map_model(
     model: Any, optimizer: Any, *, include: Sequence[str], exclude: Sequence[str], buffers: str

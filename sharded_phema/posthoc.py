@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sharded_phema.averages import Averages
-from sharded_phema.background import Background, Foreground
-from sharded_phema.course import Course
+from sharded_phema.assembly import assembled
+from sharded_phema.attachment import Advance, Attachment
 from sharded_phema.errors import OrderError
 from sharded_phema.filling import filler, one_of
-from sharded_phema.folder import open_folder
-from sharded_phema.identity import run_record
 from sharded_phema.leniency import leniency
-from sharded_phema.mapping import map_model
 from sharded_phema.per_tensor import Wanted
-from sharded_phema.pruning import remover
 from sharded_phema.retention import Retention
-from sharded_phema.rounding import check_dtype
-from sharded_phema.schedule import Schedule
 from sharded_phema.scope import Buffers
-from sharded_phema.session import Session
-from sharded_phema.staging import LazyCopies, alive
 from sharded_phema.state import Clock, fill_from_snapshot, load_state, state_of
 from sharded_phema.store import Run, open_run
 from sharded_phema.swap import weights_swapped
-from sharded_phema.tracked import asked_for, tracked_set
 from sharded_phema.world import agree
 
 __all__ = ["PostHocEMA"]
@@ -52,11 +40,9 @@ class PostHocEMA:
         snapshot_every: Training time between snapshots, in ``unit``.
         unit: What training time counts, such as "steps", "samples" or "tokens".
         update_every: Least training time between updates; 0 updates at every call. Profiles stay exact.
-        start: Training time before which weights are not averaged. Uniform and corrected averages count from here
-            unless they name their own start.
-        dtype: What snapshots are stored in: "float32", or "float16" or "bfloat16" at half the disk. Rounding then
-            limits what can be rebuilt: ``sharded-phema plan --tolerance`` tells which dtype will do. Numbers above
-            65504 in magnitude do not fit float16; such a snapshot is refused.
+        start: When averaging begins, in training time; uniform and corrected averages count from it or from their own.
+        dtype: What snapshots are stored in: "float32", or at half the disk "float16", which refuses numbers above 65504
+            in magnitude, or "bfloat16". ``sharded-phema plan --tolerance`` tells which will do for what is rebuilt.
         profiles: More averages to keep, each a width or a text: ``"power:gamma=6.94"``,
             ``"exponential:decay=0.9999"`` (per one unit of training time, whatever the rhythm of updates; also
             ``halflife=7000`` or ``tau=10000``, then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``,
@@ -113,23 +99,14 @@ class PostHocEMA:
         overlap: bool = False,
         offload: bool = False,
     ) -> None:
-        check_dtype(dtype)
-        self._tried = leniency(on_error)
-        self.root = os.fspath(root)
-        schedule = Schedule(float(update_every), float(snapshot_every), float(start))
-        self._tracked = tracked_set(asked_for(sigma_rels, profiles), schedule.start)
-        self._mapped = map_model(model, optimizer, include=include, exclude=exclude, buffers=buffers)
-        self._layout = self._mapped.averaged
-        stored = (self._layout, self._mapped.copied, self._mapped.frozen)
-        expected = agree(lambda: run_record(uuid.uuid4().hex, unit, self._tracked.labels, *stored, dtype=dtype))
-        how = partial(Averages, kernel=kernel, non_finite=non_finite, overlap=overlap, offload=offload)
-        self._averages = agree(lambda: how(self._layout, len(self._tracked.targets)))
-        jobs, stage = (Background(), LazyCopies()) if asynchronous else (Foreground(), alive)
-        self._session = Session(
-            open_folder(root), expected, stored, jobs=jobs, stage=stage, timeout_s=timeout_s, retain=remover(retention)
-        )
-        self._course = Course(self._averages, schedule, self._tracked)
-        self._busy = ""
+        self._tried, self.root = leniency(on_error), os.fspath(root)
+        scope = {"include": include, "exclude": exclude, "buffers": buffers}
+        updates = {"kernel": kernel, "non_finite": non_finite, "overlap": overlap, "offload": offload}
+        storing = {"asynchronous": asynchronous, "retention": retention, "timeout_s": timeout_s}
+        rhythm, wanted = (update_every, snapshot_every, start), (sigma_rels, profiles)
+        parts = assembled(model, optimizer, root, wanted, unit, dtype, rhythm, scope, updates, storing)
+        self._tracked, self._mapped, self._averages, self._session, self._course = parts
+        self._layout, self._attachment, self._busy = self._mapped.averaged, Attachment(), ""
 
     @property
     def t(self) -> float:
@@ -149,9 +126,11 @@ class PostHocEMA:
     def update(self, t: float | None = None) -> None:
         """Take the weights as they are now into every average. Call it after ``optimizer.step()``.
 
+        A DeepSpeed engine tells how many steps changed the weights. Where none did since the last call (within gradient
+        accumulation, or at an overflow) nothing happens: the next ``t`` holds the time that went by.
+
         Args:
-            t: Training time, in the run's unit; one more than at the last call unless given. It may
-                advance by any amount, and the amount may change.
+            t: Training time, in the run's unit, later than at the last call by any amount; by 1 unless given.
 
         Raises:
             OrderError: Time does not advance, the averages were not restored, or the weights are swapped.
@@ -161,6 +140,23 @@ class PostHocEMA:
         if self._course.advance(t, self.unit):
             self.snapshot()
         self._tried(self._session.check)
+
+    def attach(self, optimizer: Any, advance: Advance = None) -> Attachment:
+        """Have ``update`` called after each step that an optimizer makes, until ``remove()`` of what is returned.
+
+        Args:
+            optimizer: One of torch's, perhaps in accelerate's wrapper; of several, the one that steps last.
+            advance: How far training time goes on at a step, in the run's unit: a number, or a function without
+                arguments that gives it, asked after each step that no GradScaler skipped; 1 unless given.
+
+        Raises:
+            OrderError: It is attached already.
+            UnsupportedModel: This is no optimizer of torch, or one that an engine steps.
+            TargetError: ``advance`` is no number above 0.
+        """
+        self._check_ready("attach")
+        self._course.check_uncounted()
+        return self._attachment.begin(optimizer, advance, lambda by: self.update(self.t + by))
 
     def wait(self) -> None:
         """Wait for an update beside the training. Optimizers do so themselves, before they write weights."""
@@ -238,9 +234,7 @@ class PostHocEMA:
         self._restore(lambda averages: load_state(state_dict, averages))
 
     def resume(self, t: float | None = None) -> float:
-        """Continue from a snapshot alone: the one at training time ``t``, or the last; gives its training time.
-
-        Call it on every rank.
+        """Continue, on every rank, from a snapshot alone: the one at ``t``, or the last; gives its training time.
 
         A run that stores float16 or bfloat16 goes on from averages rounded to it. Where the averages must be those of
         an uninterrupted run to the last bit, load the checkpoint's ``state_dict``, which is float32, instead.
@@ -265,6 +259,7 @@ class PostHocEMA:
         earlier = self._session.settled()
         self._tried(self._store_the_rest)
         self._busy = "closed"
+        self._attachment.remove()
         self._averages.close()
         self._session.close()
         self._tried(earlier)
@@ -291,7 +286,7 @@ class PostHocEMA:
                 "restoring: this object has stored snapshots or is in use",
                 hint="restore right after making PostHocEMA, before the first update",
             )
-        self._course.clock = fill(self._averages_by_label())
+        self._course.continue_at(fill(self._averages_by_label()))
         self._session.continue_at(self.t)
 
     def _stored_run(self) -> Run:

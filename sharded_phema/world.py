@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -16,10 +17,12 @@ from torch import Tensor
 
 __all__ = [
     "agree",
+    "alone",
     "broadcast",
     "from_first",
     "gather",
     "gather_to_first",
+    "grouped",
     "launch_rank",
     "launched",
     "rank_and_size",
@@ -28,16 +31,18 @@ __all__ = [
 
 T = TypeVar("T")
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
 
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if grouped() else (0, 1)
 
 
 def gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank. Values are small Python objects."""
     values: list[T] = [value] * rank_and_size()[1]
-    if _grouped():
+    if grouped():
         dist.all_gather_object(values, value)
     return values
 
@@ -46,7 +51,7 @@ def gather_to_first(value: T) -> list[T]:
     """Every rank's value, in rank order, on rank 0; nothing on the others. Values are small Python objects."""
     rank, size = rank_and_size()
     values: list[T] = [value] * size if rank == 0 else []
-    if _grouped():
+    if grouped():
         dist.gather_object(value, values or None, dst=0)
     return values
 
@@ -66,7 +71,7 @@ def agree(attempt: Callable[[], T]) -> T:
 def from_first(attempt: Callable[[], T]) -> T:
     """Run ``attempt`` on rank 0 alone and give its result, or raise its failure, on every rank."""
     outcome = [tried(attempt) if rank_and_size()[0] == 0 else (None, None)]
-    if _grouped():
+    if grouped():
         dist.broadcast_object_list(outcome, src=0)
     value, error = outcome[0]
     if error is not None:
@@ -76,7 +81,7 @@ def from_first(attempt: Callable[[], T]) -> T:
 
 def broadcast(tensor: Tensor, source: int) -> None:
     """Fill a contiguous tensor on every rank with what it holds on one."""
-    if _grouped():
+    if grouped():
         dist.broadcast(tensor, src=source)
 
 
@@ -101,8 +106,19 @@ def launched() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def grouped() -> bool:
+    """Whether there is a process group, and its processes work together."""
+    return not _ALONE.get() and dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this thread works as if its process were the only one, on what each rank holds whole."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 def tried(attempt: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -149,8 +149,8 @@ def run_body(recipe: Recipe, root: Path) -> Run:
         check_live(backend_of(model, optimizer), model, inputs(0, recipe.dtype), optimizer)
     with engine_of(recipe) as engine:
         for weights in run.weights:
-            assert_same(module_weights(engine), weights)  # training knows nothing of averages and swaps
             train_step(engine, recipe.dtype)
+            assert_same(module_weights(engine), weights)  # training knows nothing of averages and swaps
     return run
 
 
@@ -158,6 +158,7 @@ def averaged(engine, recipe: Recipe, root: Path, model: Any, optimizer: Any) -> 
     run = Run()
     ema = PostHocEMA(model, root, optimizer=optimizer, snapshot_every=2, **AVERAGES)
     for _ in range(STEPS + 1):
+        train_step(engine, recipe.dtype)
         with counted_collectives() as called, CommDebugMode() as mode:
             ema.update()  # at times a snapshot, too
         assert not called and mode.get_total_counts() == 0
@@ -168,7 +169,6 @@ def averaged(engine, recipe: Recipe, root: Path, model: Any, optimizer: Any) -> 
         kept = getattr(engine.optimizer, "persistent_parameters", ())
         assert all(param.data.numel() == param.ds_numel for param in kept), "still gathered, as DeepSpeed left them"
         assert_same(module_weights(engine), run.weights[-1])
-        train_step(engine, recipe.dtype)
     ema.close()
     run.average = pieces(ema._averages.layout(0))
     return run

@@ -8,7 +8,8 @@
 4. ``local`` laid into ``boxes`` equals those slices of the whole tensor, bit for bit.
 5. ``shard_layout`` calls no collective, and the order of names is the same on every rank: parameters, then
    persistent buffers.
-6. What cannot be mapped raises, naming the parameter, its placement and the mend.
+6. ``steps`` calls no collective, grows by one with each step that changes the weights, and is the same on every rank.
+7. What cannot be mapped raises, naming the parameter, its placement and the mend.
 
 Which of several ranks that hold the same boxes writes them is not a backend's business: see ``replicas``.
 """
@@ -23,7 +24,11 @@ from torch import Tensor, nn
 
 from sharded_phema.layout import ParamShard, ShardLayout, TensorKind, canonical_name, whole
 
-__all__ = ["Backend", "held_whole", "kind_of", "persistent_buffers"]
+__all__ = ["Backend", "held_whole", "kind_of", "persistent_buffers", "uncounted"]
+
+
+def uncounted(model: object, optimizer: object) -> None:
+    """Who steps the optimizer counts the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +42,14 @@ class Backend:
         knows: Whether this backend maps a given model.
         shard_layout: This rank's live pieces of the model's parameters and persistent buffers.
         publish: Makes the next forward use what was written through ``local``. Called by every rank; may communicate.
+        steps: How many optimizer steps changed the weights so far; None where the model does not count them.
     """
 
     name: str
     knows: Callable[[object, object], bool]
     shard_layout: Callable[[Any, Any], ShardLayout]
     publish: Callable[[Any, Any], None]
+    steps: Callable[[Any, Any], int | None] = uncounted
 
 
 def kind_of(param: nn.Parameter) -> TensorKind:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sharded_phema.backends.contract import Backend, held_whole, kind_of, persistent_buffers
 from sharded_phema.backends.zero.masters import Held, as_it_is, shape_of, weights_of
-from sharded_phema.backends.zero.parts import known, parts_of
+from sharded_phema.backends.zero.parts import known, parts_of, steps_of
 from sharded_phema.errors import UnsupportedModel
 from sharded_phema.layout import ParamShard, ShardLayout, boxes_of_flat_range, canonical_name
 
@@ -76,4 +76,4 @@ def _buffer(module: nn.Module, path: str) -> ParamShard:
     return held_whole(path, "buffer", lambda: module.get_buffer(path).detach())
 
 
-BACKEND = Backend("zero", known, shard_layout, publish)
+BACKEND = Backend("zero", known, shard_layout, publish, steps_of)

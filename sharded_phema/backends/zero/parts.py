@@ -11,7 +11,7 @@ from sharded_phema.backends.zero.masters import KEEPERS, OWN_WEIGHTS, Keeper
 from sharded_phema.errors import UnsupportedModel
 from sharded_phema.layout import canonical_name
 
-__all__ = ["known", "parts_of"]
+__all__ = ["known", "parts_of", "steps_of"]
 
 _REFUSED_OPTIONS = {
     "swap_optimizer": ("masters are swapped to NVMe", "offload the optimizer to cpu instead"),
@@ -59,6 +59,14 @@ def parts_of(model: nn.Module, optimizer: object) -> tuple[nn.Module, Keeper, An
     _check_options(zero)
     _check_params(module)
     return module, keeper, zero
+
+
+def steps_of(model: Any, optimizer: object) -> int | None:
+    """Steps of an engine that changed the weights; a module beside its optimizer does not tell."""
+    if not _is_deepspeed(model, "DeepSpeedEngine"):
+        return None
+    # Counted are boundaries of gradient accumulation, and those of them at which an overflow was found.
+    return int(model.global_steps - model.skipped_steps)
 
 
 def _keeper(zero: object) -> Keeper:
