@@ -1,7 +1,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 TORCHRUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2
-TARGETS := 0.02 0.03 0.05 0.07 0.10 0.13 0.15 0.18 0.20 0.23 0.26
+TARGETS := 0.02,0.03,0.05,0.07,0.10,0.13,0.15,0.18,0.20,0.23,0.26
+SWEEP := $(TORCHRUN) -m sharded_phema sweep runs/demo/ema --targets $(TARGETS)
 # DeepSpeed compiles these when they are first used, which takes minutes.
 BUILD := from deepspeed.accelerator import get_accelerator as device; \
   [device().create_op_builder(op + 'Builder').load(verbose=False) for op in ('ShareMemComm', 'CPUAdam', 'FusedAdam')]
@@ -12,11 +13,13 @@ BUILD := from deepspeed.accelerator import get_accelerator as device; \
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv ## train on two processes, rebuild eleven widths, report (into runs/demo)
+demo: .venv ## train on two processes, measure eleven widths, report (into runs/demo)
 	rm -rf runs/demo
 	$(TORCHRUN) examples/digits/train.py --out runs/demo
-	$(TORCHRUN) -m sharded_phema reconstruct runs/demo/ema $(TARGETS) --out runs/demo/rebuilt
-	$(TORCHRUN) examples/digits/report.py runs/demo
+	$(SWEEP) --metric examples/digits/metric.py:frechet --scores runs/demo/frechet.jsonl
+	$(SWEEP) --metric examples/digits/metric.py:loss --scores runs/demo/loss.jsonl
+	$(PY) -m sharded_phema plot sweep runs/demo/frechet.jsonl --out runs/demo/quality.png
+	$(PY) examples/digits/report.py runs/demo
 
 test: .venv .venv/.deepspeed ## all tests
 	$(PY) -m pytest -q -n 2 --dist loadfile

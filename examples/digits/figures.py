@@ -1,4 +1,4 @@
-"""Figures: quality against averaging length, error of the rebuilt averages, and samples beside each other."""
+"""Figures: error of the rebuilt averages, and samples beside each other. Quality is drawn by ``sharded-phema plot``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,15 +7,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 # From the palette of Okabe and Ito, told apart by colour-blind readers.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 WIDTH = r"$\sigma_\mathrm{rel}$"
-TICKS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.26)
 Scores = Mapping[str, float]
 STYLE = {
     "font.size": 10,
@@ -28,34 +26,6 @@ STYLE = {
     "figure.constrained_layout.w_pad": 0.1,
     "savefig.dpi": 150,
 }
-
-
-def draw_quality(path: Path, widths: Sequence[Scores], raw: Scores) -> None:
-    """Both scores against the relative width, the raw weights as a line, the best width marked."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        panels = {"frechet": "Fréchet distance of generated digits", "loss": "Denoising loss on held-out digits"}
-        for ax, (key, title) in zip(axes, panels.items(), strict=True):
-            _draw_curve(ax, [row["sigma_rel"] for row in widths], [row[key] for row in widths], raw[key])
-            ax.set(title=title, xlabel=f"averaging length {WIDTH}, % of the run", ylabel="lower is better")
-        _save(figure, path)
-
-
-def _draw_curve(ax: Axes, widths: Sequence[float], values: Sequence[float], raw: float) -> None:
-    """One score against the width, which runs on a logarithmic axis."""
-    best = min(range(len(values)), key=values.__getitem__)
-    low, high = min(values), max(raw, *values)
-    ax.axhline(raw, color=GREY, linestyle="--", linewidth=1.5)
-    ax.annotate(f"raw weights {raw:#.3g}", (widths[0], raw), (0, -4), textcoords="offset points", va="top", color=GREY)
-    ax.plot(widths, values, color=BLUE, marker="o", markersize=4.5)
-    ax.scatter(widths[best], values[best], s=90, facecolors="none", edgecolors=ORANGE, linewidths=2, zorder=3)
-    label = f"best {values[best]:#.3g}\nat {widths[best]:.0%}"
-    ax.annotate(label, (widths[best], values[best]), (0, 10), textcoords="offset points", ha="center", color=ORANGE)
-    ax.set_xscale("log")
-    ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    ax.xaxis.set_major_locator(FixedLocator(TICKS))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
 
 
 def draw_error(path: Path, rows: Sequence[Scores]) -> None:

@@ -1,5 +1,6 @@
 """The network: a small class-conditional transformer in the preconditioning of Karras et al. 2022."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,22 +11,32 @@ from torch.nn import functional as F
 from data import CLASSES, SIDE, SIGMA_DATA
 
 PATCH = 2
+HEAD = 32
 TOKENS = (SIDE // PATCH) ** 2
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything that fixes the network's shapes; stored beside the weights.
+    """Everything that fixes the network's shapes, and nothing that its weights do not tell.
 
     Attributes:
-        width: Channels of each token, a multiple of ``heads``.
+        width: Channels of each token, a multiple of ``HEAD``.
         depth: Number of transformer blocks.
-        heads: Attention heads of each block.
     """
 
     width: int = 128
     depth: int = 3
-    heads: int = 4
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of each block."""
+        return self.width // HEAD
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "ModelConfig":
+        """The shapes of a network that has these weights."""
+        blocks = {name.split(".")[2] for name in state if name.startswith("network.blocks.")}
+        return cls(state["network.position"].shape[1], len(blocks))
 
 
 class Preconditioning(NamedTuple):

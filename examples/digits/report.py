@@ -1,6 +1,6 @@
-"""Scores the raw and the rebuilt weights of a run; writes a table, report.json and three figures.
+"""Puts together what sweeps found of a run, with its raw weights; writes tables, report.json and two figures.
 
-torchrun --standalone --nproc-per-node 2 examples/digits/report.py runs/demo
+examples/digits/report.py runs/demo
 """
 
 import argparse
@@ -10,47 +10,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from sharded_phema import reconstruct
+from sharded_phema.scores import read_scores
 
 from data import CLASSES, load_split
-from figures import draw_error, draw_quality, draw_samples
+from figures import draw_error, draw_samples
 from model import Denoiser, ModelConfig
-from progress import progress
-from ranks import process_group
-from scores import Effort, Judge, generate
+from scores import ROUGH, Effort, Judge, generate
 
 SHOWN_ROWS = 6
+TRACKED = (0.15, 0.20)
 
 
 def parse_options() -> tuple[Path, Effort]:
     """Folder of the run and the effort to spend, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # Not an option --run: torchrun takes it for an abbreviation of its own --run-path, even after the script's name.
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--samples", type=int, help="digits to generate for each width (default: 500, tiny: 60)")
+    parser.add_argument("--samples", type=int, help="digits to generate for each score (default: 500, tiny: 60)")
     parser.add_argument("--tiny", action="store_true", help="rough scores in a few seconds: a test")
     given = parser.parse_args()
-    if not (given.run / "rebuilt").is_dir():
-        parser.error(f"no rebuilt averages: reconstruct {given.run / 'ema'} with --out {given.run / 'rebuilt'} first")
-    effort = Effort(epochs=2, repeats=1, samples=60, steps=4) if given.tiny else Effort()
+    for name in ("frechet", "loss"):
+        if not (given.run / f"{name}.jsonl").is_file():
+            parser.error(f"no scores: sweep {given.run / 'ema'} with --scores {given.run / name}.jsonl first")
+    effort = ROUGH if given.tiny else Effort()
     return given.run, replace(effort, samples=given.samples or effort.samples)
 
 
-def rebuild_tracked(run: Path) -> None:
-    """Writes the averages that training followed directly in the form of rebuilt ones; every rank takes part."""
-    if agreed(not (run / "truth-rebuilt").exists()):
-        reconstruct(run / "truth", ["0.15", "0.20"], out=run / "truth-rebuilt")
+def swept(run: Path) -> list[dict[str, float]]:
+    """Both scores of every width, narrowest first."""
+    found = {name: {s.sigma_rel: s.score for s in read_scores(run / f"{name}.jsonl")} for name in ("loss", "frechet")}
+    return [{"sigma_rel": w, "loss": loss, "frechet": found["frechet"][w]} for w, loss in sorted(found["loss"].items())]
 
 
-def agreed(value: bool) -> bool:
-    """Rank 0's value on every rank: ranks that look at a folder at different times could part ways."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+def rebuild(run: Path, width: float) -> None:
+    """Writes the best average, and those that training followed directly, from both runs."""
+    for name, widths in {"ema": {*TRACKED, width}, "truth": set(TRACKED)}.items():
+        reconstruct(run / name, sorted(widths), out=run / f"{name}-rebuilt", force=True)
 
 
 def rebuilt(folder: Path) -> dict[float, Path]:
@@ -59,25 +57,17 @@ def rebuilt(folder: Path) -> dict[float, Path]:
     return dict(sorted(found.items()))
 
 
-def load_model(run: Path, folder: Path, device: torch.device) -> Denoiser:
+def load_model(folder: Path, device: torch.device) -> Denoiser:
     """The unsharded network with the weights of one folder."""
-    model = Denoiser(ModelConfig(**json.loads((run / "train.json").read_text())["model"])).to(device)
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    state = load_file(folder / "model.safetensors")
+    model = Denoiser(ModelConfig.of(state)).to(device)
+    model.load_state_dict(state, strict=True)
     return model.requires_grad_(False)
-
-
-def score_all(run: Path, folders: list[Path], judge: Judge, device: torch.device) -> list[dict[str, float]]:
-    """Scores of all folders on every rank, each rank having done its share."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = [judge.score(load_model(run, folder, device)) for folder in progress(folders[rank::world_size], "scoring")]
-    shares: list[list[dict[str, float]]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(shares, mine)
-    return [shares[index % world_size][index // world_size] for index in range(len(folders))]
 
 
 def errors(run: Path) -> list[dict[str, float]]:
     """Distance of rebuilt averages from directly tracked ones, relative to that of the raw weights."""
-    widths, raw = rebuilt(run / "rebuilt"), flat_weights(run / "raw")
+    widths, raw = rebuilt(run / "ema-rebuilt"), flat_weights(run / "raw")
     rows = []
     for width, folder in rebuilt(run / "truth-rebuilt").items():
         tracked = flat_weights(folder)
@@ -118,35 +108,32 @@ def print_tables(report: dict[str, Any]) -> None:
 
 
 def draw_figures(run: Path, report: dict[str, Any], effort: Effort, device: torch.device) -> None:
-    """Writes quality.png, error.png and samples.png."""
-    draw_quality(run / "quality.png", report["widths"], report["raw"])
+    """Writes error.png and samples.png."""
     draw_error(run / "error.png", report["errors"])
     width, split = best(report, "frechet")["sigma_rel"], load_split()
     few = replace(effort, samples=SHOWN_ROWS * CLASSES)
-    sources = {"raw weights": run / "raw", f"same noise, averaged at {width:.0%}": rebuilt(run / "rebuilt")[width]}
-    blocks = {name: generate(load_model(run, folder, device), few, device) for name, folder in sources.items()}
+    sources = {"raw weights": run / "raw", f"same noise, averaged at {width:.0%}": rebuilt(run / "ema-rebuilt")[width]}
+    blocks = {name: generate(load_model(folder, device), few, device) for name, folder in sources.items()}
     blocks["real digits, held out"] = split.held_out.rows(SHOWN_ROWS)
     draw_samples(run / "samples.png", {name: split.pixels(images.cpu()) for name, images in blocks.items()}, CLASSES)
 
 
 def main() -> None:
-    """Scores every set of weights, each rank its share, and reports on rank 0."""
+    """Scores the raw weights, rebuilds the best average, and reports."""
     run, effort = parse_options()
-    with process_group() as device:
-        rebuild_tracked(run)
-        judge, widths = Judge(load_split(), effort, device), rebuilt(run / "rebuilt")
-        raw, *scores = score_all(run, [run / "raw", *widths.values()], judge, device)
-        if dist.get_rank() == 0:
-            report = {
-                "classifier_accuracy": judge.accuracy(),
-                "frechet_of_held_out_digits": judge.frechet_of_held_out(),
-                "raw": raw,
-                "widths": [{"sigma_rel": width, **score} for width, score in zip(widths, scores, strict=True)],
-                "errors": errors(run),
-            }
-            (run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-            draw_figures(run, report, effort, device)
-            print_tables(report)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judge, raw, widths = Judge(load_split(), effort, device), load_model(run / "raw", device), swept(run)
+    report = {
+        "classifier_accuracy": judge.accuracy(),
+        "frechet_of_held_out_digits": judge.frechet_of_held_out(),
+        "raw": {"loss": judge.loss_of(raw), "frechet": judge.frechet_of(raw)},
+        "widths": widths,
+    }
+    rebuild(run, best(report, "frechet")["sigma_rel"])
+    report["errors"] = errors(run)
+    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw_figures(run, report, effort, device)
+    print_tables(report)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ class Effort:
     steps: int = 12
 
 
+ROUGH = Effort(epochs=2, repeats=1, samples=60, steps=4)
+"""Scores in a few seconds: a test."""
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """Mean (features,) and covariance (features, features) of a cloud of features, float64 on the CPU."""
@@ -135,7 +139,10 @@ class Judge:
         """Fréchet distance of real digits that nobody trained on, for scale."""
         return self.frechet(self._held_out.images)
 
-    def score(self, denoise: Denoise) -> dict[str, float]:
-        """Held-out denoising loss and Fréchet distance of one network."""
-        loss = held_out_loss(denoise, self._held_out, self._effort.repeats)
-        return {"loss": loss, "frechet": self.frechet(generate(denoise, self._effort, self._device))}
+    def frechet_of(self, denoise: Denoise) -> float:
+        """Fréchet distance of what one network generates."""
+        return self.frechet(generate(denoise, self._effort, self._device))
+
+    def loss_of(self, denoise: Denoise) -> float:
+        """Held-out denoising loss of one network."""
+        return held_out_loss(denoise, self._held_out, self._effort.repeats)

@@ -55,7 +55,7 @@ def parse_options() -> Options:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="constant rate (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a much smaller network for a few seconds: a test")
     given = parser.parse_args()
-    model = ModelConfig(width=32, depth=1, heads=2) if given.tiny else ModelConfig()
+    model = ModelConfig(width=32, depth=1) if given.tiny else ModelConfig()
     steps = given.steps or (40 if given.tiny else 1000)
     if (given.out / "ema").exists():
         parser.error(f"{given.out} holds an earlier run: remove it or name another folder with --out")
