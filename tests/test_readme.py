@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+DRAWN = ("profiles.png", "forecast.png", "sweep.png")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -25,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where train.py lies and every command has run, in README's order."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "train.py").write_text(blocks("python")[0])
+    (folder / "measure.py").write_text(next(block for block in blocks("python") if block.startswith("# measure.py")))
     for line in "".join(blocks("bash")).strip().splitlines():
         done = run(shlex.split(line), folder)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
@@ -43,7 +45,7 @@ def test_every_command_of_the_readme_does_what_it_says(folder) -> None:
     for target in targets:
         shapes = {name: tuple(t.shape) for name, t in load_file(folder / "out" / target / "model.safetensors").items()}
         assert shapes == {"0.weight": (256, 64), "0.bias": (256,), "2.weight": (64, 256), "2.bias": (64,)}
-    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("profiles.png", "forecast.png"))
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in DRAWN)
 
 
 def test_the_python_interface_of_the_readme_works(folder) -> None:
