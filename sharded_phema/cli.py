@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from sharded_phema import __version__, cli_sweep
+from sharded_phema.cli_plot import plots
 from sharded_phema.errors import PhemaError
 
 __all__ = ["app", "main"]
@@ -37,12 +38,8 @@ app = typer.Typer(
     epilog="Targets: 0.12 (sigma_rel), power:gamma=5, exponential:tau=2000, window:0.2, decay:linear:0.2, "
     "each with an optional @t=TIME.",
 )
-app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
-plots = typer.Typer(no_args_is_help=True, help="Draw what a run can rebuild.")
-app.add_typer(plots, name="plot")
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder that PostHocEMA wrote: a path or URL.")]
-Targets = Annotated[list[str], typer.Argument(metavar="TARGET...", help="What to rebuild, such as 0.12 or window:0.2.")]
 Rebuilt = Annotated[
     list[str] | None, typer.Argument(metavar="[TARGET...]", help="What to rebuild, such as 0.12 or window:0.2.")
 ]
@@ -51,7 +48,6 @@ Kept = Annotated[
 ]
 Metric = Literal["trajectory", "density", "paper"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Picture = Annotated[Path, typer.Option("--out", help="PNG, PDF or SVG file to draw.")]
 
 Tolerance = Annotated[
     str,
@@ -212,23 +208,8 @@ def verify(run: RunFolder, json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@plots.command("profiles", epilog="Example: sharded-phema plot profiles run/ema 0.12 window:0.2 --out profiles.png")
-def plot_profiles(run: RunFolder, targets: Targets, out: Picture) -> None:
-    """How much each moment of training counts: the stored averages, and targets rebuilt from them."""
-    from sharded_phema.plot import draw_profiles
-    from sharded_phema.store import open_run
-    from sharded_phema.target import parse_targets
-
-    draw_profiles(open_run(run), parse_targets(targets), out)
-
-
-@plots.command("forecast", epilog="Example: sharded-phema plot forecast run/ema --out forecast.png")
-def plot_forecast(run: RunFolder, out: Picture) -> None:
-    """Forecast error of every width that could be rebuilt."""
-    from sharded_phema.plot import draw_forecast
-    from sharded_phema.store import open_run
-
-    draw_forecast(open_run(run), out)
+app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
+app.add_typer(plots, name="plot")
 
 
 def main() -> None:

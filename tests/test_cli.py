@@ -127,7 +127,14 @@ def test_flags_are_what_they_were() -> None:
             "--times",
             "--tolerance",
         ],
-        "plot": {"profiles": ["--out"], "forecast": ["--out"]},
+        "plot": {
+            "profiles": ["--out"],
+            "forecast": ["--out", "--time", "--tolerance"],
+            "coefficients": ["--out", "--tolerance"],
+            "timeline": ["--out"],
+            "sweep": ["--better", "--kind", "--out"],
+            "report": ["--better", "--out", "--run"],
+        },
     }
 
 

@@ -11,7 +11,7 @@ from sharded_phema.store.names import snapshot_folder
 from sharded_phema.store.norms import squared_norms
 from sharded_phema.store.reader import Snapshot
 from sharded_phema.store.records import layout_id
-from sharded_phema.store.run import Run, open_run, open_whole, run_exists
+from sharded_phema.store.run import Run, open_run, open_whole, run_exists, sessions_of
 from sharded_phema.store.shelf import Damaged
 from sharded_phema.store.spans import Piece, Span, Spans
 from sharded_phema.store.stored import Stored
@@ -58,6 +58,7 @@ __all__ = [
     "remove_unfinished",
     "remove_waste",
     "run_exists",
+    "sessions_of",
     "snapshot_folder",
     "squared_norms",
     "start_session",

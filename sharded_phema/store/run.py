@@ -17,7 +17,7 @@ from sharded_phema.store.records import check_run, read_record
 from sharded_phema.store.shelf import Damaged, Shelf, raw_bytes
 from sharded_phema.tensorfile import CODES
 
-__all__ = ["Run", "open_run", "open_whole", "run_exists"]
+__all__ = ["Run", "open_run", "open_whole", "run_exists", "sessions_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,16 @@ def open_whole(root: str | os.PathLike[str] | Folder) -> Run:
     run = open_run(root)
     run.check_frozen()
     return run
+
+
+def sessions_of(run: Run) -> tuple[SessionRecord, ...]:
+    """Sessions of a run, from the first to the newest, each of which continued the one before it.
+
+    Raises:
+        StoreError: A record is damaged.
+    """
+    sessions = _sessions(run.root, run.record)
+    return tuple(sessions[name] for name in reversed(_cutoffs(run.root, sessions)))
 
 
 def _opened(root: str | os.PathLike[str] | Folder) -> Folder:
