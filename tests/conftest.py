@@ -31,6 +31,40 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ranks compute on one thread each; the unsharded run that they are compared with must sum in the same order.
 torch.set_num_threads(1)
 
+# Files of tests that take long, the longest first: a long file that comes last leaves the other worker idle.
+LONG = [
+    "test_matrix.py",
+    "test_zero.py",
+    "test_transformers.py",
+    "test_lightning.py",
+    "test_sharded.py",
+    "test_accelerate.py",
+    "test_engine_steps.py",
+    "test_launched_engines.py",
+    "test_launch.py",
+    "test_sweep.py",
+    "test_posthoc_decay.py",
+    "test_reconstruct.py",
+    "test_job.py",
+    "test_demo.py",
+    "test_readme.py",
+    "test_benchmarks.py",
+    "test_fsdp1.py",
+    "test_kill.py",
+    "test_whole_model.py",
+    "test_cli.py",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand out files in the order in which they are collected, not those of most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within a file stays."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def store() -> Iterator[Any]:

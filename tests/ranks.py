@@ -12,8 +12,24 @@ import torch
 import torch.distributed as dist
 
 _mp = get_context("forkserver")
-# The import of torch is paid once, in the server that the ranks are forked from.
-_mp.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.testing"])
+# Imports are paid once, in the server that the ranks are forked from.
+_mp.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "torch.distributed.tensor.debug",
+        "torch.distributed.tensor.parallel",
+        "torch.testing",
+        "torch._inductor.compile_fx",  # what DeepSpeed loads
+        "pydantic.types",
+        "setuptools",
+        "hypothesis",
+        "safetensors.torch",
+        "sharded_phema.load",
+        "sharded_phema.posthoc",
+        "sharded_phema.rebuild",
+    ]
+)
 
 
 def run_ranks(

@@ -202,7 +202,8 @@ def test_every_flipped_bit_is_told_and_none_makes_a_wrong_number_or_a_crash(runs
     """Oracle: what was read before the flip. Bits are drawn over all files, small ones as often as large ones."""
     chance = random.Random(11)
     folders = [InMemory(root) for root in runs.values()]
-    pool = [(folder, name, numbers(folder)) for folder in folders for name in folder.files]
+    truths = [(folder, numbers(folder)) for folder in folders]
+    pool = [(folder, name, truth) for folder, truth in truths for name in folder.files]
     assert all(verify(folder).intact for folder in folders)  # type: ignore[arg-type]
     for count in range(FLIPS):
         folder, name, truth = pool[count % len(pool)]

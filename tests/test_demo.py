@@ -129,11 +129,7 @@ def test_demo_runs_from_training_to_figures_on_two_ranks(tmp_path):
     assert "0.26" in printed
     from matplotlib.image import imread
 
-    from sharded_phema.cli import plots
-
-    figures = [*FIGURES]
     python("-m", "sharded_phema", "plot", "sweep", run / "frechet.jsonl", "--out", run / "quality.png")
-        figures.append("quality.png")
-    for name in figures:
+    for name in (*FIGURES, "quality.png"):
         image = imread(run / name)
         assert image.shape[1] >= 800 and image.std() > 0.02, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,17 @@ def _from_snapshot(kind: str, root: Path, source: Path | None, target: Path) -> 
     return chain_body(kind, root, source, target, stateful=False)
 
 
+@pytest.fixture(scope="module")
+def stored_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """A run that three ranks stored, of which tests take copies, and its averages."""
+    root = tmp_path_factory.mktemp("stored") / "run"
+    return root, assembled(run_ranks(3, _stored_by_fsdp2, root))
+
+
 @pytest.mark.parametrize("kind", ["ddp", "hsdp", "fsdp2+tp", "fsdp1", "zero2", "zero3"])
-def test_averages_come_back_from_the_last_snapshot_alone(tmp_path, kind) -> None:
-    first = run_ranks(3, _stored_by_fsdp2, tmp_path / "run")
-    expected = assembled(first)
+def test_averages_come_back_from_the_last_snapshot_alone(tmp_path, stored_run, kind) -> None:
+    root, expected = stored_run
+    shutil.copytree(root, tmp_path / "run")
     results = run_ranks(KINDS[kind].ranks, _from_snapshot, kind, tmp_path / "run", tmp_path, tmp_path / "next")
     found = assembled([pieces for pieces, _ in results])
     for label, average in expected.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,13 +85,28 @@ def sharded_body(root: Path, steps: int, dtype: torch.dtype, mesh_shape: tuple[i
     return pieces(ema), gathered(model)
 
 
+RunOf = Callable[[int, torch.dtype, tuple[int, ...]], tuple[Path, list[tuple[list, dict]]]]
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> RunOf:
+    """Trains on some ranks, once for each way; folder of the run, which tests only read or copy, and results."""
+
+    @functools.cache
+    def trained(ranks: int, dtype: torch.dtype, mesh: tuple[int, ...]) -> tuple[Path, list]:
+        root = tmp_path_factory.mktemp("run") / "ema"
+        return root, run_ranks(ranks, sharded_body, root, STEPS, dtype, mesh)
+
+    return trained
+
+
 @pytest.mark.parametrize(
     ("ranks", "dtype", "mesh"),
     [(2, torch.float32, ()), (4, torch.float32, ()), (2, torch.bfloat16, ()), (4, torch.float32, (2, 2))],
 )
-def test_sharded_averages_equal_the_unsharded_run_bit_for_bit(tmp_path, ranks, dtype, mesh) -> None:
+def test_sharded_averages_equal_the_unsharded_run_bit_for_bit(tmp_path, run_of, ranks, dtype, mesh) -> None:
     expected, weights = unsharded(tmp_path / "one", dtype=dtype)
-    results = run_ranks(ranks, sharded_body, tmp_path / "many", STEPS, dtype, mesh)
+    _, results = run_of(ranks, dtype, mesh)
     # The oracle holds only if training itself agrees to the bit; it does, as every rank sees the same batch.
     assert all(torch.equal(found[name], weights[name]) for _, found in results for name in weights)
     assert any(piece[3].numel() == 0 for found, _ in results for piece in found), "some shard is empty"
@@ -157,25 +175,26 @@ def test_the_counter_of_collectives_sees_a_gather(tmp_path) -> None:
     assert run_ranks(2, counting_body, tmp_path) == [1, 1]
 
 
-def rebuild_body(root: Path, out: Path) -> None:
-    reconstruct(root, ["0.03", "0.07", "decay:linear:0.5", "0.10"], out=out)
+def rebuild_body(outs: dict[Path, Path]) -> None:
+    """Rebuild runs, one after another; ``outs`` has the folder for each."""
+    for root, out in outs.items():
+        reconstruct(root, ["0.03", "0.07", "decay:linear:0.5", "0.10"], out=out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_any_number_of_writers_and_rebuilders_gives_the_same_bytes(tmp_path) -> None:
+def test_any_number_of_writers_and_rebuilders_gives_the_same_bytes(tmp_path, run_of) -> None:
     unsharded(tmp_path / "w1")
-    reconstruct(tmp_path / "w1", ["0.03", "0.07", "decay:linear:0.5", "0.10"], out=tmp_path / "w1-r1")
+    rebuild_body({tmp_path / "w1": tmp_path / "w1-r1"})
     expected = contents(tmp_path / "w1-r1")
     weights = {name: data for name, data in expected.items() if name.endswith(".safetensors")}
     assert len(weights) == 4
-    for writers in (2, 4):
-        run_ranks(writers, sharded_body, tmp_path / f"w{writers}", STEPS, torch.float32)
-        for rebuilders in (1, 2, 3):
-            out = tmp_path / f"w{writers}-r{rebuilders}"
-            run_ranks(rebuilders, rebuild_body, tmp_path / f"w{writers}", out)
+    for rebuilders in (1, 2, 3):
+        outs = {run_of(writers, torch.float32, ())[0]: tmp_path / f"w{writers}-r{rebuilders}" for writers in (2, 4)}
+        run_ranks(rebuilders, rebuild_body, outs)
+        for out in outs.values():
             found = contents(out)
             assert {name: found[name] for name in weights} == weights
             assert found.keys() == expected.keys()
@@ -247,8 +266,8 @@ def from_snapshot_body(root: Path, t: float | None) -> tuple[list, float]:
 
 
 @pytest.mark.parametrize(("ranks", "t", "steps"), [(2, None, 12), (3, 8, 8), (4, 4, 4)])
-def test_averages_come_back_from_a_snapshot_alone_on_any_number_of_ranks(tmp_path, ranks, t, steps) -> None:
-    run_ranks(4, sharded_body, tmp_path / "ema", STEPS, torch.float32)
+def test_averages_come_back_from_a_snapshot_alone_on_any_number_of_ranks(tmp_path, run_of, ranks, t, steps) -> None:
+    shutil.copytree(run_of(4, torch.float32, ())[0], tmp_path / "ema")
     expected, _ = unsharded(tmp_path / "one", steps)
     results = run_ranks(ranks, from_snapshot_body, tmp_path / "ema", t)
     assert [found[1] for found in results] == [steps] * ranks
@@ -264,11 +283,10 @@ def dcp_load_body(root: Path) -> dict[str, Tensor]:
     return gathered(model)
 
 
-def test_stock_dcp_load_reads_a_snapshot_into_any_sharding(tmp_path) -> None:
-    run_ranks(4, sharded_body, tmp_path / "ema", STEPS, torch.float32)
+def test_stock_dcp_load_reads_a_snapshot_into_any_sharding(tmp_path, run_of) -> None:
     expected, _ = unsharded(tmp_path / "one")
     first = next(iter(expected.values()))
-    for found in run_ranks(3, dcp_load_body, tmp_path / "ema"):
+    for found in run_ranks(3, dcp_load_body, run_of(4, torch.float32, ())[0]):
         assert all(torch.equal(found[name], first[name]) for name in first)
 
 
