@@ -126,7 +126,9 @@ class _Factor:
     def rises(self, sources: Indices) -> Array:
         """What removal of each active source adds to the squared error of each target, (sources, targets)."""
         rows = np.searchsorted(self._members, sources)
-        rises: Array = np.square(self._coefficients[rows]) / self._gains[rows, None]
+        squares, gains = np.square(self._coefficients[rows]), self._gains[rows, None]
+        # Where the weights did not move yet, nothing tells the sources apart, and none can stand in for another.
+        rises: Array = np.divide(squares, gains, out=np.full(squares.shape, np.inf), where=gains > 0.0)
         return rises
 
     def remove_(self, source: int) -> None:

@@ -173,11 +173,14 @@ class Recorder(TrainerCallback):
 
     Attributes:
         steps: Step and weights, of steps that were not skipped.
+        saved: The same where the Trainer saved, which it does after it evaluates.
         trainer: Set once there is one.
     """
 
     def __init__(self, mode: Mode) -> None:
-        self.mode, self.steps = mode, []
+        self.mode = mode
+        self.steps: list[tuple[int, dict[str, Tensor]]] = []
+        self.saved: list[tuple[int, dict[str, Tensor]]] = []
         self.trainer: Any = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -186,6 +189,9 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if not given["optimizer"].step_was_skipped:
             self.steps.append((state.global_step, self.mode.weights(self.trainer)))
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.saved.append((state.global_step, self.mode.weights(self.trainer)))
 
 
 def make_trainer(

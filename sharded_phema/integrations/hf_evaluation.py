@@ -37,9 +37,7 @@ def also_with_averages(trainer: Trainer, swaps: Callable[[], Mapping[str, Abstra
         try:
             metrics = evaluate(*args, **kwargs)
             for name, swapped in swaps().items():
-                asked = takes.bind(*args, **kwargs)
-                asked.apply_defaults()
-                asked.arguments["metric_key_prefix"] += f"_ema_{name}"
+                asked = _renamed(takes, args, kwargs, f"_ema_{name}")
                 with swapped:
                     metrics |= evaluate(*asked.args, **asked.kwargs)
             return metrics
@@ -47,3 +45,16 @@ def also_with_averages(trainer: Trainer, swaps: Callable[[], Mapping[str, Abstra
             within.clear()
 
     trainer.evaluate = evaluate_all  # type: ignore[method-assign]
+
+
+def _renamed(
+    takes: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], suffix: str
+) -> inspect.BoundArguments:
+    """Arguments of an evaluation whose metrics get another name."""
+    asked = takes.bind(*args, **kwargs)
+    asked.apply_defaults()
+    if "metric_key_prefix" not in asked.arguments:  # a subclass that hands on whatever it is given
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        return takes.bind(*args, **kwargs | {"metric_key_prefix": prefix + suffix})
+    asked.arguments["metric_key_prefix"] += suffix
+    return asked

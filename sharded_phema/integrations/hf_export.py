@@ -56,6 +56,7 @@ def export_averages(root: str, targets: Sequence[Wanted], out: str, model: Any, 
 def _written(model: Any, processing_class: Any, parent: Path) -> str:
     """What lies beside the weights of a model, in a new folder."""
     folder = tempfile.mkdtemp(prefix=".ema_config_", dir=parent)
+    model = _inner(model)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 renames the classes of models
     config.save_pretrained(folder)
@@ -65,6 +66,13 @@ def _written(model: Any, processing_class: Any, parent: Path) -> str:
     if hasattr(processing_class, "save_pretrained"):
         processing_class.save_pretrained(folder)
     return folder
+
+
+def _inner(model: Any) -> Any:
+    """The model without what torch.compile and FSDP1 put around it."""
+    while inner := getattr(model, "_modules", {}).keys() & {"_orig_mod", "_fsdp_wrapped_module"}:
+        model = model._modules[inner.pop()]
+    return model
 
 
 def _tell_float32(path: Path) -> None:
