@@ -47,13 +47,12 @@ class PostHocEMA:
             ``"exponential:decay=0.9999"`` (per one unit of training time, whatever the rhythm of updates; also
             ``halflife=7000`` or ``tau=10000``, then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``,
             ``"uniform:start=75000"``.
-        optimizer: The optimizer, where the model itself does not tell who keeps its float32 masters: the ZeRO
-            optimizer beside a module that is not its engine, as the callbacks of the Hugging Face Trainer are given.
+        optimizer: The optimizer, where the model does not tell who keeps its float32 masters: ZeRO's, beside a module
+            that is not its engine, as the callbacks of the Hugging Face Trainer are given.
         include: Patterns, as of file names, of the parameters to average. Others are copied into each snapshot as
             they are. Parameters that require no gradients are stored once, and again where they change.
         exclude: Patterns of parameters that are copied instead of averaged or stored once.
-        buffers: ``"copy"`` persistent buffers into each snapshot, ``"average"`` those of a floating dtype and copy
-            the others, or ``"omit"`` them.
+        buffers: ``"copy"`` persistent buffers into each snapshot, ``"average"`` the floating ones, or ``"omit"`` all.
         asynchronous: Hold training only while shards are copied to the host, and write beside it. One more copy of
             this rank's shards stays in host memory. A failure is raised by the next call.
         retention: Which snapshots to keep as training goes on: ``"0.03:0.25 tolerance=1e-2"``,
@@ -145,7 +144,8 @@ class PostHocEMA:
         """Have ``update`` called after each step that an optimizer makes, until ``remove()`` of what is returned.
 
         Args:
-            optimizer: One of torch's, perhaps in accelerate's wrapper; of several, the one that steps last.
+            optimizer: One of torch's, perhaps in accelerate's wrapper; of several, the one that steps last. Its state
+                is loaded first: ``torch.distributed.checkpoint`` makes a step for that.
             advance: How far training time goes on at a step, in the run's unit: a number, or a function without
                 arguments that gives it, asked after each step that no GradScaler skipped; 1 unless given.
 

@@ -265,14 +265,14 @@ def test_on_four_ranks_averages_are_those_of_an_unsharded_run_over_the_same_mast
 
 
 def plain_weights() -> list[dict[str, Tensor]]:
-    """Training without DeepSpeed, on the same batches: weights before each step, and after the last."""
+    """Training without DeepSpeed, on the same batches: weights after each step."""
     model, path = make_model(), []
     optimizer = torch.optim.AdamW(groups_of(model, RECIPES["0"].decay), lr=LR)
     for step in range(STEPS + 1):
-        path.append({name: param.detach().clone() for name, param in model.named_parameters()})
         model(inputs(step)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        path.append({name: param.detach().clone() for name, param in model.named_parameters()})
     return path
 
 
