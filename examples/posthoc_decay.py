@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_phema import PostHocEMA, load_into
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -91,7 +91,7 @@ class Experiment:
         held_out = TextDataset("eval", options.length, options.windows).windows
         self.held_out = held_out[self.rank :: self.world].long().to(device)
         torch.manual_seed(0)
-        self.model: nn.Module = GPT(width=options.width, layers=options.layers, length=options.length).to(device)
+        self.model = GPT(width=options.width, layers=options.layers, length=options.length).to(device)
         if self.world > 1:
             for block in self.model.blocks:
                 fully_shard(block)
@@ -126,6 +126,8 @@ class Experiment:
         total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(len(self.held_out)), device=self.device)])
         if self.world > 1:
             dist.all_reduce(total)
+            # A forward without a backward leaves the root's weights gathered, and an optimizer would be given those.
+            self.model.reshard()
         self.model.train()
         return (total[0] / total[1]).item()
 
@@ -195,7 +197,7 @@ def _looks(options: Options) -> set[int]:
 
 def run(experiment: Experiment, watch: Callable[[int], object] = lambda step: None) -> dict[str, object]:
     """The whole experiment; its record."""
-    began, options = time.perf_counter(), experiment.options
+    options = experiment.options
     curves = {"constant": constant_run(experiment, watch)}
     curves |= {shape: decayed_run(experiment, shape) for shape in SHAPES}
     rows = [{"weights": "constant rate, raw weights", "loss": curves["constant"][-1][1]}]
@@ -208,7 +210,6 @@ def run(experiment: Experiment, watch: Callable[[int], object] = lambda step: No
         "options": asdict(options) | {"out": str(options.out)},
         "ranks": experiment.world,
         "parameters": sum(parameter.numel() for parameter in experiment.model.parameters()),
-        "seconds": time.perf_counter() - began,
         "rows": rows,
         "curves": curves,
     }
@@ -253,24 +254,27 @@ def draw(record: dict[str, object], path: Path) -> None:
     plt.close(figure)
 
 
+@contextmanager
 def ranks() -> Iterator[torch.device]:
     """This process's device, in the process group of torchrun if there is one."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", dist.get_node_local_rank(0))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_torchelastic_launched():
         yield device
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield device
-    dist.destroy_process_group()
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def main() -> None:
     """Train, rebuild, compare; write ``decay.json``, ``decay.md`` and ``decay.png``."""
     options = parse_options()
-    for device in ranks():
+    with ranks() as device:
         experiment = Experiment(options, device)
         record = run(experiment)
         if experiment.rank == 0:
