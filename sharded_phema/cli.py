@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from sharded_phema import __version__, cli_sweep
+from sharded_phema.cli_import import ForeignFormat, HowToRead, add_import, as_run
 from sharded_phema.cli_plot import plots
 from sharded_phema.errors import PhemaError
 
@@ -146,6 +147,8 @@ def reconstruct(
         bool, typer.Option("--force", help="Replace an earlier output, or another unfinished one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")] = False,
+    source_format: ForeignFormat = None,
+    reading: HowToRead = None,
     json: Json = False,
 ) -> None:
     """Rebuild averages of any length from stored snapshots; with several workers, each its own part.
@@ -163,7 +166,8 @@ def reconstruct(
     wish |= {"memory": memory, "precision": precision, "device": device, "leave_out": leave_out or []}
     wish |= {"strict": strict, "force": force}
     wanted: list[Any] = [*(targets or []), *(read_patterns(path) for path in per_tensor or [])]
-    with launched():
+    apart = {"dry_run": dry_run, "worker": worker, "workers": workers, "leave_out": leave_out}
+    with launched(), as_run(run, source_format, reading or [], out, **apart) as run:
         if dry_run:
             prepared = preview(run, wanted, workers=workers, **wish)
             if rank_and_size()[0] == 0:
@@ -209,6 +213,7 @@ def verify(run: RunFolder, json: Json = False) -> None:
 
 
 app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
+add_import(app)
 app.add_typer(plots, name="plot")
 
 

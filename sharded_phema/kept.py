@@ -130,7 +130,7 @@ class _Task:
         ongoing: bool,
     ) -> None:
         self._moments, self._movement = moments, movement
-        self._groups = [[label.tracked(m.t, m.start) for label in tracked] for m in moments]
+        self._groups = [[label.profile(m.t, m.start) for label in tracked] for m in moments]
         self._noise = noise.reshape(len(moments), len(tracked))
         times, last, targets = [m.t for m in moments], moments[-1], wish.wanted
         earlier = earlier_ends(times, wish.earlier)

@@ -15,6 +15,7 @@ __all__ = [
     "Options",
     "bad",
     "read_amount",
+    "read_every",
     "read_options",
     "read_time",
     "spelled",
@@ -23,7 +24,7 @@ __all__ = [
 
 UNDERSTOOD = (
     "0.12 (a relative width), power:gamma=6.94, exponential:decay=0.9999 (or halflife=7000, tau=10000; then perhaps "
-    ",ramp=0.05 or ,corrected), uniform, window:0.2, decay:linear:0.2; each may end in @t=TIME"
+    ",ramp=0.05 or ,corrected), uniform, window:0.2, decay:linear:0.2, checkpoint; each may end in @t=TIME"
 )
 
 PARAMETERS = {
@@ -32,6 +33,7 @@ PARAMETERS = {
     "uniform": ("start=",),
     "window": ("",),
     "decay": ("",),
+    "checkpoint": (),
 }
 """What may stand before the number of each kind that is written as a word; the canonical text has the first."""
 
@@ -84,6 +86,16 @@ def read_options(text: object, words: Sequence[str]) -> Options:
         mend = "add ,corrected; without it, an exponential begins with the first weights that the run averages"
         raise bad(text, "start needs corrected", mend)
     return options
+
+
+def read_every(text: object, rest: str) -> tuple[str, float]:
+    """What stands after a power before ``,every=``, and the number after it; 0 without."""
+    amount, comma, value = rest.partition(",every=")
+    number = _finite(value)
+    if comma and (number is None or number < 1.0):
+        mend = "every=10 is an average that took no notice of being updated every 10 units of time only"
+        raise bad(text, f"every needs a number of at least 1, found {value!r}", mend)
+    return amount, number or 0.0
 
 
 def read_time(text: object, found: str) -> float:

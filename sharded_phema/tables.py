@@ -71,6 +71,8 @@ def show_info(run: Run, *, as_json: bool) -> None:
 
 def _average(label: str) -> str:
     target = parse_target(label)
+    if target.kind == "checkpoint" or target.every:
+        return "the weights themselves (checkpoint)" if not target.every else f"as updated rarely ({label})"
     if target.kind == "exponential":
         return f"half-life {target.amount * math.log(2.0):.4g} ({label})"
     if target.kind == "power" and target.amount > 0.0:

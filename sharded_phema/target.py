@@ -7,10 +7,12 @@
     uniform                        running mean since time 0; uniform:start=TIME, since then (SWA)
     window:0.2                     plain mean of the last 20 % of the run
     decay:linear:0.2               what a linear (cosine, sqrt) learning-rate decay over the last 20 % would give
+    checkpoint                     the weights themselves, not averaged
 
 After an exponential's number may follow ``,ramp=0.05`` (half-life at most 5 % of the training so far) or
 ``,corrected`` (Adam's bias correction, counted from time 0 or from ``,start=TIME``). Every text may end in
-``@t=TIME``: read at that training time instead of the end of the run.
+``@t=TIME``: read at that training time instead of the end of the run. ``power:gamma=6.94,every=10`` names what some
+packages really keep when they update a power profile every 10 steps (``profile.Unaware``).
 """
 
 from __future__ import annotations
@@ -22,12 +24,24 @@ from numbers import Real
 from typing import cast, get_args
 
 from sharded_phema.errors import TargetError, check_number
-from sharded_phema.profile import Decay, Exponential, Power, Profile, Ramped, Shape, Tracked, Uniform
+from sharded_phema.profile import (
+    Checkpoint,
+    Decay,
+    Exponential,
+    Power,
+    Profile,
+    Ramped,
+    Shape,
+    Tracked,
+    Unaware,
+    Uniform,
+)
 from sharded_phema.spelling import (
     PARAMETERS,
     UNDERSTOOD,
     bad,
     read_amount,
+    read_every,
     read_options,
     read_time,
     spelled,
@@ -37,19 +51,23 @@ from sharded_phema.width import gamma_of
 
 __all__ = ["Target", "parse_target", "parse_targets"]
 
+# Kinds that need no number.
+_BARE = ("uniform", "checkpoint")
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """Average that a user asks for; made by ``parse_target``.
 
     Args:
-        kind: ``width``, ``power``, ``exponential``, ``uniform``, ``window`` or ``decay``.
-        amount: The kind's number: relative width, gamma, tau or fraction of the run; 0 for uniform.
+        kind: ``width``, ``power``, ``exponential``, ``uniform``, ``window``, ``decay`` or ``checkpoint``.
+        amount: The kind's number: relative width, gamma, tau or fraction of the run; 0 for uniform and checkpoint.
         shape: Shape of the decay, empty for the other kinds.
         time: Training time at which it is read, None for the end of the run.
         ramp: Largest half-life of an exponential as a fraction of the training so far; infinite without a ramp.
         corrected: Whether an exponential is corrected for bias.
         start: Training time from which a uniform or corrected average counts.
+        every: Units of time between the updates of a power profile that takes no notice of them; 0 for one that does.
     """
 
     kind: str
@@ -59,6 +77,7 @@ class Target:
     ramp: float = math.inf
     corrected: bool = False
     start: float = 0.0
+    every: float = 0.0
 
     @property
     def text(self) -> str:
@@ -66,7 +85,8 @@ class Target:
         time = "" if self.time is None else f"@t={spelled(self.time)}"
         if self.kind == "width":
             return spelled(self.amount) + time
-        options = [] if self.kind == "uniform" else [PARAMETERS[self.kind][0] + spelled(self.amount)]
+        options = [] if self.kind in _BARE else [PARAMETERS[self.kind][0] + spelled(self.amount)]
+        options += [f"every={spelled(self.every)}"] * (self.every > 0.0)
         options += [f"ramp={spelled(self.ramp)}"] * (self.ramp < math.inf) + ["corrected"] * self.corrected
         options += [f"start={spelled(self.start)}"] * (self.start > 0.0)
         return ":".join(filter(None, (self.kind, self.shape, ",".join(options)))) + time
@@ -95,6 +115,10 @@ class Target:
         if self.kind in ("window", "decay"):
             begin = max(start, t * (1.0 - self.amount))
             return Uniform(begin, t) if self.kind == "window" else Decay(cast(Shape, self.shape), begin, t)
+        if self.kind == "checkpoint":
+            return Checkpoint(t)
+        if self.every > 0.0:
+            return Unaware(self.amount, self.every, t, start)
         return self._running(t, start)
 
     def tracked(self, t: float, start: float) -> Tracked:
@@ -103,8 +127,9 @@ class Target:
         Raises:
             TargetError: No running average is of this kind, or the start is after ``t``.
         """
-        if self.kind in ("window", "decay") or self.time is not None:
+        if self.kind in ("window", "decay", "checkpoint") or self.time is not None or self.every > 0.0:
             what = "an average read at one time" if self.time is not None else f"a {self.kind}"
+            what = what if self.every == 0.0 else "an average that takes no notice of the time between its updates"
             mend = "rebuild it after training; what can be tracked is a width, power, exponential or uniform"
             raise bad(self.text, f"{what} cannot be tracked", mend)
         return self._running(t, start)
@@ -142,12 +167,16 @@ def parse_target(text: str | float) -> Target:
     if kind != "width" and kind not in PARAMETERS:
         raise bad(text, f"unknown kind {kind!r}", suggestion(kind))
     shape, rest = _split_shape(text, rest) if kind == "decay" else ("", rest)
+    if kind == "checkpoint" and colon:
+        raise bad(text, f"a checkpoint has no number, found {rest!r}", "write checkpoint or checkpoint@t=5000")
+    rest, every = read_every(text, rest) if kind == "power" else (rest, 0.0)
     amount, *words = rest.split(",") if kind == "exponential" else [rest]
     target = Target(
         kind,
-        0.0 if kind == "uniform" else read_amount(text, kind, amount),
+        0.0 if kind in _BARE else read_amount(text, kind, amount),
         shape,
         read_time(text, time) if at else None,
+        every=every,
         **read_options(text, words),
     )
     if kind == "uniform" and colon:

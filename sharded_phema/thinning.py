@@ -183,7 +183,8 @@ def _allowed(limit: Limit, squares: Array, units: Array, rounding: float) -> Arr
 
     Rounding of one stored average comes with every average that is tracked; none is asked to be better than that.
     """
-    within = limit.error**2 * units + rounding
+    # Raw weights are no distance from themselves: no limit would be none times infinity.
+    within = limit.error**2 * np.maximum(units, np.finfo(np.float64).tiny) + rounding
     # A goal that is within reach stays there, however near it is to the limit.
     allowed: Array = np.where(squares > within, squares + limit.rise**2 * units, within)
     return allowed

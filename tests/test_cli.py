@@ -21,7 +21,7 @@ from typer.main import get_command
 from sharded_phema.cli import app
 from sharded_phema.posthoc import PostHocEMA
 
-COMMANDS = ["plan", "info", "reconstruct", "verify", "prune", "sweep", "plot"]
+COMMANDS = ["plan", "info", "reconstruct", "verify", "prune", "sweep", "import", "plot"]
 
 
 def launch(*words: object, ranks: int) -> subprocess.CompletedProcess[str]:
@@ -80,6 +80,20 @@ def test_flags_are_what_they_were() -> None:
 
     assert flags(get_command(app)) == {
         "plan": ["--json", "--length", "--parameters", "--sigma-rels", "--snapshots", "--stillness", "--tolerance"],
+        "import": [
+            "--copy",
+            "--from",
+            "--json",
+            "--key",
+            "--memory",
+            "--out",
+            "--prefix",
+            "--profile",
+            "--start",
+            "--time-pattern",
+            "--unit",
+            "--update-every",
+        ],
         "info": ["--json"],
         "reconstruct": [
             "--device",
@@ -87,6 +101,7 @@ def test_flags_are_what_they_were() -> None:
             "--dtype",
             "--force",
             "--format",
+            "--from",
             "--json",
             "--leave-out",
             "--like",
@@ -97,6 +112,7 @@ def test_flags_are_what_they_were() -> None:
             "--out",
             "--per-tensor",
             "--precision",
+            "--reading",
             "--strict",
             "--tolerance",
             "--worker",

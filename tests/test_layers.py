@@ -16,7 +16,7 @@ LAYERS = [
     {"attachment", "fit", "averages", "identity", "per_tensor", "scores", "tracked", "transcript"},
     {"select", "store", "tally"},
     {"export", "forecast", "frozen", "grid", "job", "replicas", "source", "state", "verify"},
-    {"export_dcp", "horizon", "mapping", "outputs", "recipe", "recommend", "secretary", "winner"},
+    {"export_dcp", "horizon", "importers", "mapping", "outputs", "recipe", "recommend", "secretary", "winner"},
     {"losses"},
     {"course", "feed", "retention", "session", "swap", "thinning"},
     {"kept", "sums"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"checkpoint", "load", "rebuild"},
     {"figures", "sweeping"},
     {"plot", "report", "sweep_tables", "tables", "integrations"},
-    {"cli_plot", "cli_sweep"},
+    {"cli_import", "cli_plot", "cli_sweep"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -10,6 +10,7 @@ from sharded_phema.profile.fixed import Checkpoint, Decay, Shape
 from sharded_phema.profile.mixture import Mixture
 from sharded_phema.profile.running import Exponential, Power, Ramped, Uniform
 from sharded_phema.profile.tabulated import Tabulated, tabulate
+from sharded_phema.profile.unaware import Unaware
 
 __all__ = [
     "Checkpoint",
@@ -22,6 +23,7 @@ __all__ = [
     "Shape",
     "Tabulated",
     "Tracked",
+    "Unaware",
     "Uniform",
     "tabulate",
 ]
