@@ -51,14 +51,15 @@ def as_run(source: str, format: str | None, words: Sequence[str], out: str, **ap
         PhemaError: The checkpoints cannot be imported, or an option needs a run that stays.
     """
     from sharded_phema.errors import OutputError
-    from sharded_phema.importers.bringing import brought, reading_of
-    from sharded_phema.world import from_first, rank_and_size
 
     if format is None:
         if words:
             raise OutputError("--reading says how --from reads", hint="give --from, or leave --reading out")
         yield source
         return
+    from sharded_phema.importers.bringing import brought, reading_of
+    from sharded_phema.world import from_first, rank_and_size
+
     if given := [name for name, value in apart.items() if value not in (None, False)]:
         mend = "sharded-phema import SOURCE -o RUN makes one; reconstruct RUN then takes every option"
         raise OutputError(f"--{given[0].replace('_', '-')} with --from: needs a run that stays", hint=mend)
