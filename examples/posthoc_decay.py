@@ -75,10 +75,16 @@ def parse_options() -> Options:
     parser.add_argument("--batch", type=int, default=16, help="windows a step on each rank (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=2048, help="held-out windows (default: %(default)s)")
-    given = Options(**vars(parser.parse_args()))
-    if given.out.exists():
-        parser.error(f"{given.out} is there already: remove it or name another folder with --out")
-    return given
+    return Options(**vars(parser.parse_args()))
+
+
+def check_new(out: Path) -> None:
+    """Stop where the folder is there already; every rank looks before any of them makes it."""
+    taken = out.exists()
+    if dist.is_initialized():
+        dist.barrier()
+    if taken:
+        raise SystemExit(f"error: {out} is there already\nhint: remove it or name another folder with --out")
 
 
 class Experiment:
@@ -275,6 +281,7 @@ def main() -> None:
     """Train, rebuild, compare; write ``decay.json``, ``decay.md`` and ``decay.png``."""
     options = parse_options()
     with ranks() as device:
+        check_new(options.out)
         experiment = Experiment(options, device)
         record = run(experiment)
         if experiment.rank == 0:

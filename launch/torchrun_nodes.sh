@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-exec torchrun --nnodes "${NODES:?}" --node-rank "${NODE_RANK:?}" --nproc-per-node "${RANKS:-gpu}" \
+exec torchrun --nnodes "${NODES:?}" --node-rank "${NODE_RANK:-${SLURM_NODEID:?say NODE_RANK}}" --nproc-per-node "${RANKS:-gpu}" \
   --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}" \
   examples/posthoc_decay.py "$@"

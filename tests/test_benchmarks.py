@@ -19,6 +19,8 @@ from builders import Free, no_flush
 from sharded_phema import PostHocEMA
 from sharded_phema.store import open_run
 
+OURS = ("ours", "ours, 2 workers", "ours, one core", "ours, 2 workers, a core each")
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
@@ -105,7 +107,7 @@ def test_every_way_of_reconstruction_is_measured_or_says_why_not(reconstruction:
     found = json.loads((reconstruction / "reconstruct.json").read_text())
     assert found["kept"], "what was not measured again stays"
     (case,) = found["sizes"]["20k"]["cases"]
-    ways = {"plan", "bare read", "bare read and write", "ours", "ours, 2 workers", "classic", "dcp.load"}
+    ways = {"plan", "bare read", "bare read and write", *OURS, "classic", "dcp.load"}
     assert case["ways"].keys() == ways and case["left out"].keys() == {"ema-pytorch"}
     assert all(way["best (s)"] > 0 and way["peak (MiB)"] > 0 for way in case["ways"].values())
     # The yardstick reads what the plan says, and the record of /proc beside it.
@@ -117,7 +119,7 @@ def test_every_way_of_reconstruction_is_measured_or_says_why_not(reconstruction:
 def test_every_way_of_reconstruction_comes_as_near_as_four_snapshots_allow(reconstruction: Path) -> None:
     (case,) = json.loads((reconstruction / "reconstruct.json").read_text())["sizes"]["20k"]["cases"]
     errors = {way: figures["errors"] for way, figures in case["ways"].items() if "errors" in figures}
-    assert errors.keys() == {"ours", "ours, 2 workers", "classic", "dcp.load"}
+    assert errors.keys() == {*OURS, "classic", "dcp.load"}
     for found in errors.values():
         assert found.keys() == {"0.02", "0.15", "0.28"}
         # The forecast is of walks in many steps, of which these have 32 from one snapshot to the next.

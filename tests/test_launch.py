@@ -24,8 +24,8 @@ SCONTROL = "#!/bin/sh\n[ \"$1 $2\" = 'show hostnames' ] || exit 2\necho localhos
 SRUN = """#!/bin/sh
 [ "$1" = --kill-on-bad-exit=1 ] || exit 2
 shift
-"$@" & first=$!
-"$@" & second=$!
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
 wait $first && wait $second
 """
 
