@@ -211,7 +211,7 @@ def test_an_unknown_dtype_is_refused_before_anything_is_written_or_asked_of_othe
     def asked(*_: Any) -> None:
         raise AssertionError("a collective came first")
 
-    for name in ("posthoc.agree", "posthoc.map_model", "session.from_first"):
+    for name in ("assembly.agree", "assembly.map_model", "session.from_first"):
         monkeypatch.setattr(f"sharded_phema.{name}", asked)
     with pytest.raises(TargetError, match=r"dtype: expected one of float32, float16, bfloat16, found") as caught:
         PostHocEMA(Free(w=1), tmp_path / "run", dtype=dtype)

@@ -84,7 +84,7 @@ def test_each_script_stands_in_the_table() -> None:
 
 
 def test_one_node_and_several_nodes_and_slurm_train_on_two_ranks(tmp_path, slurm) -> None:
-    out = [tmp_path / name for name in ("one", "nodes", "slurm")]
+    out = [tmp_path / name for name in ("one", "nodes", "job")]
     one = started("torchrun.sh", "--out", out[0], *TINY, env=environment({"RANKS": "2"}))
     succeeded(one)
     place = {"NODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
