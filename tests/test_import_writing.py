@@ -97,12 +97,13 @@ def test_memory_stays_within_the_budget_however_large_a_checkpoint_is(format, tm
         torch.save(state, source / "m_1.pt", _use_new_zipfile_serialization=format == "torch")
     name = "torch" if format == "legacy" else format
 
-    def bring() -> None:
+    def bring(run: str) -> None:
         with no_flush():
             folder = tmp_path if format == "hf" else source
-            import_run(folder, tmp_path / "run", format=name, memory="16MiB")
+            import_run(folder, tmp_path / run, format=name, memory="16MiB")
 
-    assert peak_of(bring) < 28 << 20
+    bring("first")  # modules that are loaded when they are needed are none of the budget
+    assert peak_of(lambda: bring("run")) < 28 << 20
     found = open_run(tmp_path / "run")
     assert len(found.snapshots[0].facts.parts) > 10
     for index, parameter in enumerate(found.record.parameters):
