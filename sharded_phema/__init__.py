@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sharded_phema.checkpoint import load_checkpoint, save_checkpoint
     from sharded_phema.errors import PhemaError
+    from sharded_phema.importers import import_run
     from sharded_phema.load import load_into
     from sharded_phema.posthoc import PostHocEMA
     from sharded_phema.rebuild import reconstruct
+    from sharded_phema.sweeping import sweep
     from sharded_phema.target import parse_target
 
 __all__ = [
     "PhemaError",
     "PostHocEMA",
     "__version__",
+    "import_run",
     "load_checkpoint",
     "load_into",
     "parse_target",
     "reconstruct",
     "save_checkpoint",
+    "sweep",
 ]
 
 __version__ = "0.1.0"
@@ -31,11 +35,13 @@ __version__ = "0.1.0"
 _HOME = {
     "PhemaError": "sharded_phema.errors",
     "PostHocEMA": "sharded_phema.posthoc",
+    "import_run": "sharded_phema.importers",
     "load_checkpoint": "sharded_phema.checkpoint",
     "load_into": "sharded_phema.load",
     "parse_target": "sharded_phema.target",
     "reconstruct": "sharded_phema.rebuild",
     "save_checkpoint": "sharded_phema.checkpoint",
+    "sweep": "sharded_phema.sweeping",
 }
 
 # Hidden from type checkers: a module __getattr__ would let every misspelt name through.

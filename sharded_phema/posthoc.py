@@ -35,20 +35,17 @@ class PostHocEMA:
             a DeepSpeed engine.
         root: Run folder on storage that all ranks share; made if missing. A folder that holds this run
             already is continued: restore the averages with ``load_state_dict`` or ``resume`` first.
-        sigma_rels: Relative widths of the averages to keep, each in (0, 0.2886); 0.05 and 0.10, which suffice to
-            rebuild the others, unless ``sigma_rels`` or ``profiles`` says otherwise.
+        sigma_rels: Relative widths of the averages to keep, each in (0, 0.2886); without ``profiles`` 0.05 and 0.10.
         snapshot_every: Training time between snapshots, in ``unit``.
         unit: What training time counts, such as "steps", "samples" or "tokens".
         update_every: Least training time between updates; 0 updates at every call. Profiles stay exact.
         start: When averaging begins, in training time; uniform and corrected averages count from it or from their own.
         dtype: What snapshots are stored in: "float32", or at half the disk "float16", which refuses numbers above 65504
             in magnitude, or "bfloat16". ``sharded-phema plan --tolerance`` tells which will do for what is rebuilt.
-        profiles: More averages to keep, each a width or a text: ``"power:gamma=6.94"``,
-            ``"exponential:decay=0.9999"`` (per one unit of training time, whatever the rhythm of updates; also
-            ``halflife=7000`` or ``tau=10000``, then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``,
-            ``"uniform:start=75000"``.
-        optimizer: The optimizer, where the model does not tell who keeps its float32 masters: ZeRO's, beside a module
-            that is not its engine, as the callbacks of the Hugging Face Trainer are given.
+        profiles: More averages to keep, each a width or a text: ``"power:gamma=6.94"``, ``"exponential:decay=0.9999"``
+            (per one unit of training time, whatever the rhythm of updates; also ``halflife=7000`` or ``tau=10000``,
+            then perhaps ``,ramp=0.05`` or ``,corrected``), ``"uniform"``, ``"uniform:start=75000"``.
+        optimizer: ZeRO's, which keeps the float32 masters, beside a module that is not its engine, as callbacks get it.
         include: Patterns, as of file names, of the parameters to average. Others are copied into each snapshot as
             they are. Parameters that require no gradients are stored once, and again where they change.
         exclude: Patterns of parameters that are copied instead of averaged or stored once.
@@ -61,8 +58,7 @@ class PostHocEMA:
         timeout_s: Longest wait for another rank's part of a snapshot, in seconds.
         kernel: What updates the averages: ``"auto"``, ``"fused"``, ``"triton"``, ``"foreach"`` or ``"reference"``.
         non_finite: ``"skip"`` leaves out updates where this rank has NaN or infinity, ``"average"`` takes all.
-        overlap: Update beside the training, on a CUDA stream or, on the CPU, a thread. Steps of torch's optimizers wait
-            for it; call ``wait`` before weights are written in another way.
+        overlap: Update beside the training. Steps of torch's optimizers wait; ``wait`` before weights change otherwise.
         offload: Keep the averages in host memory and update them there, beside the training in the same sense.
 
     Raises:
@@ -111,6 +107,11 @@ class PostHocEMA:
     def t(self) -> float:
         """Training time of the last ``update``, in the run's unit."""
         return self._course.clock.t
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was averaged yet."""
+        return self._course.begun
 
     @property
     def unit(self) -> str:
@@ -217,8 +218,7 @@ class PostHocEMA:
     def state_dict(self) -> dict[str, Any]:
         """Everything that continuing bit for bit needs, for ``torch.distributed.checkpoint.save``.
 
-        Tensors alias the averages: save before the next update. Keys are parameter
-        names and hold global shapes, so that any world size can load them.
+        Tensors alias the averages: save before the next update. Any world size can load them, by name and global shape.
         """
         self._averages.check_filled()
         return state_of(self._course.clock, self._averages_by_label())

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ import pytest
 import torch
 from builders import listing, no_flush, same_bits
 from commands import run
-from foreign import STEPS, raw, states
+from foreign import raw, states
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sharded_phema.errors import ModelMismatch, OrderError, OutputError, StoreError
 from sharded_phema.folder import open_folder
 from sharded_phema.importers.agreement import Model
-from sharded_phema.importers.bringing import brought, import_run, reading_of
+from sharded_phema.importers.bringing import import_run, reading_of
 from sharded_phema.importers.contract import Reading
 from sharded_phema.importers.portions import empty_shards, portions
 from sharded_phema.importers.writing import NOTE
@@ -73,6 +73,20 @@ def peak_of(act: Callable[[], object]) -> int:
     return bytes_of("VmHWM") - before
 
 
+def peak_of_import(source: Path, folder: Path, name: str) -> int:
+    """Of a second import: modules that are loaded when they are needed are none of the budget.
+
+    In a process of its own, since holes in the memory of one that has done much else before are filled or not, as it happens.
+    """
+
+    def bring(run: str) -> None:
+        with no_flush():
+            import_run(source, folder / run, format=name, memory="16MiB")
+
+    bring("first")
+    return peak_of(lambda: bring("run"))
+
+
 class Big(nn.Module):
     """72 MB, most of it in one tensor."""
 
@@ -95,15 +109,9 @@ def test_memory_stays_within_the_budget_however_large_a_checkpoint_is(format, tm
         foreign.save_dcp(state, source)
     else:
         torch.save(state, source / "m_1.pt", _use_new_zipfile_serialization=format == "torch")
-    name = "torch" if format == "legacy" else format
-
-    def bring(run: str) -> None:
-        with no_flush():
-            folder = tmp_path if format == "hf" else source
-            import_run(folder, tmp_path / run, format=name, memory="16MiB")
-
-    bring("first")  # modules that are loaded when they are needed are none of the budget
-    assert peak_of(lambda: bring("run")) < 28 << 20
+    folder, name = tmp_path if format == "hf" else source, "torch" if format == "legacy" else format
+    (peak,) = run_ranks(1, peak_of_import, folder, tmp_path, name)
+    assert peak < 28 << 20
     found = open_run(tmp_path / "run")
     assert len(found.snapshots[0].facts.parts) > 10
     for index, parameter in enumerate(found.record.parameters):
@@ -249,7 +257,7 @@ def test_the_command_line_imports_and_says_what_it_assumed(tmp_path) -> None:
     assert run(*words).stderr.startswith("error: target 'decay:linear:0.2': a decay cannot be tracked")
 
 
-def test_reconstruct_from_checkpoints_is_an_import_that_leaves_nothing_behind(tmp_path) -> None:
+def test_reconstruct_from_checkpoints_reads_them_where_they_lie(tmp_path) -> None:
     # Oracle: the two steps, one after the other.
     foreign.write_nested(tmp_path / "source", raw())
     how = ("--key", "state.model", "--prefix", "net_ema.")
@@ -264,27 +272,15 @@ def test_reconstruct_from_checkpoints_is_an_import_that_leaves_nothing_behind(tm
     assert before == ["one", "run", "source", "two"]
     for more, text in (
         (["nonsense"], "neither a width nor a kind"),
-        (["0.1", "--dry-run"], "--dry-run with --from: needs a run that stays"),
         (["0.1", "--reading", "colour=red"], "expected NAME=VALUE with one of"),
         (["0.1", "--reading", "start=soon"], "expected NAME=VALUE with one of"),
-        (["0.1", "--leave-out", "x"], "--leave-out with --from"),
+        (["0.1", "--leave-out", "x"], "holds no such snapshot"),
     ):
         failed = run("reconstruct", tmp_path / "source", *more, "--from", "torch", *words, "--out", tmp_path / "no")
         assert failed.returncode == 1 and text in failed.stderr, failed.stderr
     alone = run("reconstruct", tmp_path / "run", "0.1", "--reading", "start=3", "--out", tmp_path / "no")
     assert alone.returncode == 1 and "--reading says how --from reads" in alone.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def test_a_temporary_run_is_gone_after_a_failure_too(tmp_path) -> None:
-    foreign.write_hf(tmp_path / "source", raw())
-    with pytest.raises(Killed), brought(tmp_path / "source", tmp_path / "out") as folder:
-        assert Path(folder).parent == tmp_path and open_run(folder).snapshots[-1].t == STEPS
-        raise Killed
-    shutil.rmtree(tmp_path / "source" / "checkpoint-60")
-    with pytest.raises(Killed), brought(tmp_path / "source", tmp_path / "out", progress=until(2)):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_words_say_how_to_read() -> None:

@@ -17,11 +17,13 @@ def test_the_public_names_are_these_and_sorted() -> None:
         "PhemaError",
         "PostHocEMA",
         "__version__",
+        "import_run",
         "load_checkpoint",
         "load_into",
         "parse_target",
         "reconstruct",
         "save_checkpoint",
+        "sweep",
     ]
     assert sharded_phema.__all__ == sorted(sharded_phema.__all__)
 

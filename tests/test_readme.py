@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign
 import pytest
 from safetensors.torch import load_file
 
@@ -27,8 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "train.py").write_text(blocks("python")[0])
     (folder / "measure.py").write_text(next(block for block in blocks("python") if block.startswith("# measure.py")))
+    foreign.write_hf(folder / "checkpoints", foreign.raw())
     for line in "".join(blocks("bash")).strip().splitlines():
-        done = run(shlex.split(line), folder)
+        done = run(shlex.split(line, comments=True), folder)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return folder
 
@@ -45,6 +47,8 @@ def test_every_command_of_the_readme_does_what_it_says(folder) -> None:
     for target in targets:
         shapes = {name: tuple(t.shape) for name, t in load_file(folder / "out" / target / "model.safetensors").items()}
         assert shapes == {"0.weight": (256, 64), "0.bias": (256,), "2.weight": (64, 256), "2.bias": (64,)}
+    imported = load_file(folder / "out-imported" / "window-0.3" / "model.safetensors")
+    assert sorted(imported) == sorted(foreign.tiny().state_dict())
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in DRAWN)
 
 

@@ -10,7 +10,6 @@ LightningModule names them, without what a strategy puts before: ``MyModule().lo
 
 from __future__ import annotations
 
-import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -159,7 +158,7 @@ class PostHocEMACallback(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the average in the place of the weights, if validation shall use one and there is one."""
         # The check of validation before training, and trainer.validate, find no averages and use the weights.
-        if self._evaluate_with is not None and self._ema is not None and _begun(self._ema):
+        if self._evaluate_with is not None and self._ema is not None and self._ema.begun:
             self._swap.enter_context(self._ema.swapped(self._evaluate_with))
             self._swapped = True
 
@@ -239,10 +238,6 @@ def _summed(trainer: Any, amount: float) -> float:
     groups = getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1})["num_replicas"]
     total = torch.tensor(amount, dtype=torch.float64, device=strategy.root_device)
     return float(strategy.reduce(total, reduce_op="sum")) * float(groups) / float(trainer.world_size)
-
-
-def _begun(ema: PostHocEMA) -> bool:
-    return math.isfinite(float(ema.state_dict()["clock"]["start"]))
 
 
 def _tokens(batch: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,7 +191,7 @@ class PostHocEMACallback(TrainerCallback):
 
     def _swaps(self) -> Mapping[str, AbstractContextManager[None]]:
         """What is evaluated besides the weights now, by name; nothing before the first update and after training."""
-        if not (self._evaluated and self._training and self.ema.state_dict()["clock"]["start"] < math.inf):
+        if not (self._evaluated and self._training and self.ema.begun):
             return {}
         return {name: self._swapped(target) for name, target in self._evaluated.items()}
 
