@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from sharded_phema import __version__, cli_sweep
-from sharded_phema.cli_import import ForeignFormat, HowToRead, add_import, as_run
+from sharded_phema.cli_import import ForeignFormat, HowToRead, add_import, named
 from sharded_phema.cli_plot import plots
 from sharded_phema.errors import PhemaError
 
@@ -166,14 +166,14 @@ def reconstruct(
     wish |= {"memory": memory, "precision": precision, "device": device, "leave_out": leave_out or []}
     wish |= {"strict": strict, "force": force}
     wanted: list[Any] = [*(targets or []), *(read_patterns(path) for path in per_tensor or [])]
-    apart = {"dry_run": dry_run, "worker": worker, "workers": workers, "leave_out": leave_out}
-    with launched(), as_run(run, source_format, reading or [], out, **apart) as run:
+    with launched():
+        source = named(run, source_format, reading or [])
         if dry_run:
-            prepared = preview(run, wanted, workers=workers, **wish)
+            prepared = preview(source, wanted, workers=workers, **wish)
             if rank_and_size()[0] == 0:
                 show_prepared(prepared, as_json=json)
             return
-        done = rebuild(run, wanted, worker=worker, workers=workers, progress=_byte_bar, **wish)
+        done = rebuild(source, wanted, worker=worker, workers=workers, progress=_byte_bar, **wish)
         if rank_and_size()[0] == 0:
             show_rebuilt(done, out, as_json=json)
 

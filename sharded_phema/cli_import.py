@@ -1,18 +1,20 @@
-"""The command line's ``import``, and the run that ``reconstruct --from`` makes of foreign checkpoints meanwhile."""
+"""The command line's ``import``, and the foreign checkpoints that ``reconstruct --from`` reads where they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-__all__ = ["ForeignFormat", "HowToRead", "add_import", "as_run"]
+if TYPE_CHECKING:
+    from sharded_phema.store import Run
+
+__all__ = ["ForeignFormat", "HowToRead", "add_import", "named"]
 
 _FORMATS = "edm2, ema-pytorch, posthoc-ema, dcp, torchtitan, deepspeed, hf, lightning or torch"
 ForeignFormat = Annotated[
@@ -20,8 +22,7 @@ ForeignFormat = Annotated[
     typer.Option(
         "--from",
         metavar="FORMAT",
-        help=f"RUN is no run folder but holds checkpoints of this format: {_FORMATS}. They are imported into a folder "
-        "beside --out, which takes as much disk as they do, and removed at the end.",
+        help=f"RUN is no run folder but holds checkpoints of this format: {_FORMATS}. They are read where they lie.",
     ),
 ]
 HowToRead = Annotated[
@@ -36,40 +37,27 @@ def add_import(app: typer.Typer) -> None:
     app.command("import", epilog=epilog)(_import)
 
 
-@contextmanager
-def as_run(source: str, format: str | None, words: Sequence[str], out: str, **apart: object) -> Iterator[str]:
-    """The run folder itself; of foreign checkpoints, one that is made of them and is gone afterwards.
+def named(source: str, format: str | None, words: Sequence[str]) -> str | Run:
+    """The run folder that the user named; of foreign checkpoints, a run of which nothing is written. Collective.
 
     Args:
         source: What the user named.
         format: That of the checkpoints; None for a run folder.
         words: How to read them.
-        out: The output.
-        apart: Options that need a run that stays.
 
     Raises:
-        PhemaError: The checkpoints cannot be imported, or an option needs a run that stays.
+        PhemaError: The checkpoints cannot be read, or a word is given without a format.
     """
     from sharded_phema.errors import OutputError
 
     if format is None:
         if words:
             raise OutputError("--reading says how --from reads", hint="give --from, or leave --reading out")
-        yield source
-        return
-    from sharded_phema.importers.bringing import brought, reading_of
-    from sharded_phema.world import from_first, rank_and_size
+        return source
+    from sharded_phema.importers import open_foreign
+    from sharded_phema.importers.bringing import reading_of
 
-    if given := [name for name, value in apart.items() if value not in (None, False)]:
-        mend = "sharded-phema import SOURCE -o RUN makes one; reconstruct RUN then takes every option"
-        raise OutputError(f"--{given[0].replace('_', '-')} with --from: needs a run that stays", hint=mend)
-    made = brought(source, out, format=format, reading=reading_of(words), progress=_byte_bar)
-    run = from_first(made.__enter__)
-    try:
-        yield run
-    finally:
-        if rank_and_size()[0] == 0:
-            made.__exit__(None, None, None)
+    return open_foreign(source, format=format, reading=reading_of(words), assumed=_say)
 
 
 def _import(
@@ -118,7 +106,10 @@ def _import(
 
 
 def _say(sentence: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]assumed:[/] {escape(sentence)}")
+    from sharded_phema.world import rank_and_size
+
+    if rank_and_size()[0] == 0:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]assumed:[/] {escape(sentence)}")
 
 
 def _byte_bar(sizes: Sequence[float], steps: Iterable[int]) -> Iterator[int]:

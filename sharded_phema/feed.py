@@ -15,7 +15,7 @@ from sharded_phema.folder.contract import bytes_of
 from sharded_phema.losses import Losses
 from sharded_phema.source import Source
 from sharded_phema.store import Piece, Span, Spans
-from sharded_phema.stream import Stream
+from sharded_phema.stream import Passing, Stream
 from sharded_phema.tensorfile import DTYPES
 
 __all__ = ["Feed"]
@@ -123,7 +123,7 @@ class _Reader:
         self._dtype = DTYPES[self.snapshot.record.dtype][1]
         self._width = self._dtype.itemsize
         self._read_before = 0
-        self._streams: dict[int, tuple[Stream, int]] = {}
+        self._streams: dict[int, tuple[Passing, int]] = {}
 
     @property
     def bytes_read(self) -> int:
@@ -168,8 +168,11 @@ class _Reader:
         for stream, _ in self._streams.values():
             stream.close()
 
-    def _begin(self, rank: int) -> tuple[Stream, int]:
+    def _begin(self, rank: int) -> tuple[Passing, int]:
         """A stream of a rank's file, and the byte at which this average begins there."""
+        if self.snapshot.elsewhere is not None:
+            self._streams[rank] = self.snapshot.elsewhere.stream(self.source.average), 0
+            return self._streams[rank]
         file, begin = self.snapshot.averages_of(rank)
         held = int(self.spans.firsts(rank)[-1]) * self._width
         self._streams[rank] = Stream(file), begin + self.source.average * held

@@ -34,7 +34,7 @@ __all__ = ["load_into"]
 def load_into(
     model: Any,
     target: Wanted,
-    root: str | Path,
+    root: str | Path | Run,
     *,
     optimizer: Any = None,
     tolerance: Tolerance = "auto",
@@ -54,7 +54,7 @@ def load_into(
             a DeepSpeed engine.
         target: ``0.12``, ``"window:0.2"``, ``"decay:linear:0.2"``, or a mapping from patterns of parameter names to
             targets, as ``reconstruct`` takes them.
-        root: Run folder.
+        root: Run folder, or a run, as ``reconstruct`` takes them.
         optimizer: As ``PostHocEMA`` takes it.
         tolerance: As ``reconstruct`` takes it.
         metric: The same.

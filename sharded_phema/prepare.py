@@ -146,6 +146,7 @@ def _without(run: Run, names: Sequence[str]) -> Run:
     bare = [name.rstrip("/").rpartition("/")[2] for name in names]
     if unknown := [name for name in bare if name not in found]:
         raise TargetError(
-            f"leave out {unknown[0]}: {run.root.url} holds no such snapshot", hint="sharded-phema info lists them"
+            f"leave out {unknown[0]}: {run.root.url} holds no such snapshot",
+            hint="sharded-phema info lists those of a run; checkpoints of another package go by their own names",
         )
     return run.without({found[name]: "left out as asked" for name in bare}) if bare else run

@@ -35,7 +35,7 @@ Progress = Callable[[Sequence[float], Iterable[int]], Iterable[int]]
 
 
 def reconstruct(
-    root: str | Path,
+    root: str | Path | Run,
     targets: Sequence[Wanted] | Mapping[str, str | float],
     *,
     out: str | Path,
@@ -70,7 +70,7 @@ def reconstruct(
     are stored once, for all snapshots, is an error.
 
     Args:
-        root: Run folder.
+        root: Run folder; or a run that is open, such as ``importers.open_foreign`` gives.
         targets: Targets such as ``0.12``, ``"power:gamma=5"``, ``"window:0.2"``, ``"decay:linear:0.2"``. A mapping of
             patterns of parameter names to targets, such as ``{"*.attn.*": 0.05, "*": 0.12}``, is one target whose
             tensors are rebuilt differently, alone or in the list; the first pattern that matches counts.
@@ -132,7 +132,7 @@ def reconstruct(
 
 
 def preview(
-    root: str | Path,
+    root: str | Path | Run,
     targets: Sequence[Wanted] | Mapping[str, str | float],
     *,
     out: str | Path,

@@ -16,7 +16,6 @@ from sharded_phema.fit import Fit, Metric, fit
 from sharded_phema.movement import Movement
 from sharded_phema.per_tensor import Output
 from sharded_phema.profile import Profile
-from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.select import Tolerance, select
 from sharded_phema.source import MovementWish, Source, movement_in, noise_of, sources_of
 from sharded_phema.store import Damaged, Run, snapshot_folder
@@ -100,10 +99,11 @@ class Plan:
 
         What is stored as it is does not count: it is read once from one snapshot for each target's time.
         """
-        total, width = 0, STORED_BYTES[self.run.record.dtype]
+        total, widths = 0, self.run.snapshots[0].widths
         for index, parameter in enumerate(self.run.record.parameters):
             some = sorted({output.choice[index] for output in self.outputs})
-            total += width * math.prod(parameter.shape) * int(np.any(self.coefficients[:, some] != 0, axis=1).sum())
+            times = int(np.any(self.coefficients[:, some] != 0, axis=1).sum())
+            total += widths[index] * math.prod(parameter.shape) * times
         return total
 
     def snapshot_of(self, output: PlannedOutput) -> int:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Protocol
 
 import xxhash
 
 from sharded_phema.blocks import BLOCK_BYTES, DIGEST_BYTES, BlockFile
 from sharded_phema.folder import OpenFile
 
-__all__ = ["Stream"]
+__all__ = ["Passing", "Stream"]
 
 GAP_BYTES = 1 << 18
 """What is read only because it shares a block with what is wanted is read in such pieces."""
+
+
+class Passing(Protocol):
+    """Bytes that are read from front to back; see ``Stream``, which is one.
+
+    Attributes:
+        bytes_read: Bytes that were read so far.
+    """
+
+    bytes_read: int
+
+    def fill(self, begin: int, out: memoryview) -> None:
+        """Fill memory with the bytes from ``begin`` on."""
+
+    def check(self) -> None:
+        """Prove what ``fill`` gave since the last time, as far as that can be done yet."""
+
+    def finish(self) -> None:
+        """Prove all that ``fill`` gave."""
+
+    def close(self) -> None:
+        """Close what is open; reading can go on."""
 
 
 class Stream:

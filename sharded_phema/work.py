@@ -19,7 +19,6 @@ from sharded_phema.job import Job
 from sharded_phema.losses import Losses
 from sharded_phema.outputs import Outputs, flush
 from sharded_phema.recipe import Plan
-from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import Layout
 from sharded_phema.sums import Strip, Sums, strips
 from sharded_phema.tensorfile import torch_dtype
@@ -53,7 +52,7 @@ def divide(plan: Plan, outputs: Outputs, workers: int) -> Division:
     choices = [tuple(output.choice[p] for output in plan.outputs) for p in range(len(record.parameters))]
     used = {choice: int(np.any(plan.coefficients[:, list(set(choice))] != 0, axis=1).sum()) for choice in set(choices)}
     times = len({plan.snapshot_of(output) for output in plan.outputs})
-    averaged = [float(used[choice] * STORED_BYTES[record.dtype]) for choice in choices]
+    averaged = [float(used[c] * width) for c, width in zip(choices, plan.run.snapshots[0].widths, strict=True)]
     raw = [float(times * torch_dtype(tensor.dtype).itemsize) for tensor in record.raw]
     widths = [float(torch_dtype(place.dtype).itemsize * len(plan.outputs)) for place in outputs.files.places]
     read = grid.costs(averaged, raw)

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_phema.errors import StoreError
 from sharded_phema.importers.bringing import import_run
 from sharded_phema.importers.contract import Reading
+from sharded_phema.importers.direct import open_foreign
 from sharded_phema.rebuild import reconstruct
 from sharded_phema.store import Run
 from sharded_phema.target import parse_target
@@ -39,6 +40,17 @@ def stored(run: Run, snapshot: int = -1, average: int = 0) -> dict[str, Tensor]:
         numbers = run.snapshots[snapshot].read_flat(average, index, 0, math.prod(parameter.shape))
         found[parameter.name] = torch.from_numpy(numbers).view(parameter.shape)
     return found
+
+
+def check_in_place(source: Path, run: Run, folder: Path, format: str, **reading: Any) -> None:
+    """What is rebuilt of the files where they lie is what is rebuilt of the import."""
+    opened = open_foreign(source, format=format, reading=Reading(**reading))
+    with no_flush():
+        for name, root in (("one", opened), ("two", run)):
+            reconstruct(root, ["window:0.6", "checkpoint"], out=folder / name, tolerance="exact")
+    for slug in ("window-0.6", "checkpoint"):
+        one, two = ((folder / name / slug / "model.safetensors").read_bytes() for name in ("one", "two"))
+        assert one == two
 
 
 class Clock(nn.Module):
@@ -240,6 +252,7 @@ def test_checkpoints_that_two_ranks_of_fsdp_save_are_put_together(ranks, tmp_pat
         whole = torch.load(folder / f"whole-{step}.pt")
         found = stored(run, snapshot)
         assert len(found) == 8 and all(same_bits(tensor, whole[name]) for name, tensor in found.items())
+    check_in_place(folder, run, tmp_path, "dcp", key="model")
 
 
 @pytest.mark.timeout(600)
@@ -252,6 +265,7 @@ def test_zero_checkpoints_are_put_together_from_what_the_ranks_keep(ranks, tmp_p
     for name in ZERO:
         run = brought(folder / name, tmp_path / f"run-{name}", "deepspeed")
         assert [snapshot.t for snapshot in run.snapshots] == [1.0, 2.0]
+        check_in_place(folder / name, run, tmp_path / name, "deepspeed")
         found = stored(run)
         if name.startswith("3"):
             del weights[name]["loose"]  # trained by no optimizer: stage 3 does not save it

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+
+import xxhash
 
 from sharded_phema.errors import ModelMismatch, StoreError
 from sharded_phema.importers.contract import Foreign, Lazy, Tensors
@@ -13,7 +16,7 @@ from sharded_phema.manifest import Parameter, RawTensor
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.tensorfile import CODES
 
-__all__ = ["Model", "agreed", "check_open", "check_same"]
+__all__ = ["Model", "agreed", "check_open", "check_same", "check_times", "identity_of", "model_of"]
 
 # Counts, not weights, also where a package stores them as numbers of another kind.
 _COUNTS = "*num_batches_tracked"
@@ -50,21 +53,48 @@ def agreed(checkpoints: Sequence[Foreign], copy: Sequence[str] = ()) -> Model:
         StoreError: Two are of the same time, or a tensor has a dtype that cannot be averaged.
         ModelMismatch: They are not of one model, or do not hold the same averages; says the first difference.
     """
+    check_times(checkpoints)
+    first = checkpoints[0]
+    model, opened = model_of(first, copy)
+    for other in checkpoints[1:]:
+        check_open(model, opened[model.averages[0]], first.where, other)
+    return model
+
+
+def check_times(checkpoints: Sequence[Foreign]) -> None:
+    """Prove that each checkpoint, in order of time, is of a time of its own.
+
+    Raises:
+        StoreError: Two are of the same.
+    """
     for one, other in pairwise(checkpoints):
         if one.t >= other.t:
             raise StoreError(
                 f"{one.where} and {other.where} are both of training time {one.t:g}",
                 hint="leave one of them out, or say where the time stands in their names with --time-pattern",
             )
-    first = checkpoints[0]
-    opened = first.open()
+
+
+def model_of(checkpoint: Foreign, copy: Sequence[str]) -> tuple[Model, Mapping[str, Tensors]]:
+    """The model of one checkpoint, and its averages. Reads headers, no tensors.
+
+    Raises:
+        StoreError: As of ``agreed``.
+        ModelMismatch: Its averages are not of one model.
+    """
+    opened = checkpoint.open()
     label = next(iter(opened))
-    model = _model(tuple(opened), opened[label], first.where, copy)
+    model = _model(tuple(opened), opened[label], checkpoint.where, copy)
     for average, tensors in opened.items():
-        check_same(opened[label], tensors, f"{first.where} ({label})", f"{first.where} ({average})")
-    for other in checkpoints[1:]:
-        check_open(model, opened[label], first.where, other)
-    return model
+        check_same(opened[label], tensors, f"{checkpoint.where} ({label})", f"{checkpoint.where} ({average})")
+    return model, opened
+
+
+def identity_of(checkpoints: Sequence[Foreign], model: Model, unit: str, **more: object) -> str:
+    """The same for the same files, read alike: so that what was interrupted is known again."""
+    files = [(one.where, one.t, one.start, one.size) for one in checkpoints]
+    facts = {"files": files, "unit": unit, **more, **asdict(model)}
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, default=str).encode())
 
 
 def check_open(model: Model, tensors: Tensors, where: str, other: Foreign) -> Mapping[str, Tensors]:
@@ -100,7 +130,9 @@ def check_same(expected: Tensors, found: Tensors, there: str, here: str) -> None
         difference = f"{name} is {_text(found[name])} in {here}, and {_text(expected[name])} in {there}"
     else:
         return
-    raise ModelMismatch(difference, hint="they are of two models: import each run into a folder of its own")
+    raise ModelMismatch(
+        difference, hint="they are of two models: keep the checkpoints of each run in a folder of their own"
+    )
 
 
 def _model(labels: tuple[str, ...], tensors: Tensors, where: str, copy: Sequence[str]) -> Model:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +163,20 @@ def _read(name: str, shape: tuple[int, ...], dtype: str, chunks: Chunks, start: 
 
 
 def _piece(name: str, dtype: str, held: Box, place: Extent, shared: Box) -> Tensor:
-    """What a chunk has of a box: the rows from its first to its last are read."""
-    lazy = load(place)
+    """What a chunk has of a box: the numbers from its first to its last are read."""
+    lazy = _loaded(place)
     if not isinstance(lazy, Lazy) or (lazy.shape, lazy.dtype) != (held.sizes, dtype):
         raise StoreError(f"{place.path}: holds another piece of {name} than .metadata says", hint=_MEND)
-    inner = _slices(held, shared)
-    if not inner:
-        return lazy.read(0, 1).view(())
-    row = held.numel // max(held.sizes[0], 1)
-    first, after = inner[0].start, inner[0].stop
-    rows = lazy.read(first * row, after * row).view(after - first, *held.sizes[1:])
-    columns: tuple[slice, ...] = (slice(None), *inner[1:])
-    return rows[columns]
+    steps = [math.prod(held.sizes[dim + 1 :]) for dim in range(len(held.sizes))]
+    first = sum((s - h) * step for s, h, step in zip(shared.offsets, held.offsets, steps, strict=True))
+    count = 1 + sum((size - 1) * step for size, step in zip(shared.sizes, steps, strict=True))
+    return lazy.read(first, first + count).as_strided(shared.sizes, steps)
+
+
+@lru_cache(maxsize=4096)
+def _loaded(place: Extent) -> Any:
+    """A chunk's own header: ranges of it are asked for one after another."""
+    return load(place)
 
 
 def _slices(outer: Box, inner: Box) -> tuple[slice, ...]:

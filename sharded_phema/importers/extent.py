@@ -11,23 +11,32 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sharded_phema.errors import StoreError
 from sharded_phema.importers.contract import Lazy
+from sharded_phema.layout import Box, boxes_of_flat_range
 from sharded_phema.tensorfile import torch_dtype
 
 __all__ = ["Bytes", "Extent", "Held", "joined", "strided"]
 
+# Numbers that are read for each that is wanted, at most, where they lie between those.
+_SPARSE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Bytes ``[begin, begin + length)`` of a file. Opened for every read: nothing is held meanwhile."""
+    """Bytes ``[begin, begin + length)`` of a file. Opened for every read: nothing is held meanwhile.
+
+    ``changed_ns`` tells when the file was changed last, 0 if that is unknown; one that was changed since is not read.
+    """
 
     path: Path
     begin: int
     length: int
+    changed_ns: int = 0
 
     @classmethod
     def whole(cls, path: Path) -> Extent:
@@ -37,7 +46,8 @@ class Extent:
             StoreError: It cannot be read.
         """
         try:
-            return cls(path, 0, os.stat(path).st_size)
+            facts = os.stat(path)
+            return cls(path, 0, facts.st_size, facts.st_mtime_ns)
         except OSError as error:
             raise _unreadable(path, error) from error
 
@@ -53,25 +63,35 @@ class Extent:
                 f"{self.path}: expected {length} bytes from {begin} on, there are {self.length}",
                 hint="the file was cut short or is not what it says; take it from a backup",
             )
-        return Extent(self.path, self.begin + begin, length)
+        return Extent(self.path, self.begin + begin, length, self.changed_ns)
 
     def read(self) -> bytearray:
         """All of its bytes.
 
         Raises:
-            StoreError: They cannot be read.
+            StoreError: They cannot be read, or the file was changed meanwhile.
         """
-        found = bytearray(self.length)
+        return self.stretches((0,), self.length)
+
+    def stretches(self, begins: Sequence[int], length: int) -> bytearray:
+        """Stretches of one length that begin at several places inside, end to end.
+
+        Raises:
+            StoreError: As of ``read``.
+        """
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.begin)
-                view, at = memoryview(found), 0
-                while at < self.length and (count := file.readinto(view[at:])):
-                    at += count
+                if self.changed_ns not in (0, os.fstat(file.fileno()).st_mtime_ns):
+                    raise _changed(self.path)
+                if len(begins) == 1:
+                    found = _stretch(file, self.begin + begins[0], length)
+                else:  # many and short, so that each call counts
+                    number = file.fileno()
+                    found = bytearray().join([os.pread(number, length, self.begin + begin) for begin in begins])
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        if at != self.length:
-            raise StoreError(f"{self.path}: ends {self.length - at} bytes early", hint="take it from a backup")
+        if missing := len(begins) * length - len(found):
+            raise StoreError(f"{self.path}: ends {missing} bytes early", hint="take it from a backup")
         return found
 
     def file(self) -> io.RawIOBase:
@@ -103,6 +123,10 @@ class Held:
     def read(self) -> bytearray:
         """A copy of its bytes."""
         return bytearray(self.held)
+
+    def stretches(self, begins: Sequence[int], length: int) -> bytearray:
+        """Stretches of one length that begin at several places inside, end to end."""
+        return bytearray().join(self.held[begin : begin + length] for begin in begins)
 
 
 Bytes: TypeAlias = Extent | Held
@@ -198,13 +222,34 @@ def _read(
         return torch.empty(0, dtype=torch_dtype(dtype))
     if strides == _row_major(shape) or math.prod(shape) == 1:
         return _numbers(extent, dtype, offset + start, stop - start)
-    # Whole rows: of a transposed tensor each takes nearly all of the extent, so that they are read together.
-    row = math.prod(shape[1:])
-    first, after = start // row, -(-stop // row)
-    begin, sizes = offset + first * strides[0], (after - first, *shape[1:])
-    count = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-    rows = _numbers(extent, dtype, begin, count).as_strided(sizes, strides)
-    return rows.reshape(-1)[start - first * row : stop - first * row].contiguous()
+    return torch.cat([_box(extent, dtype, offset, strides, box) for box in boxes_of_flat_range(shape, start, stop)])
+
+
+def _box(extent: Bytes, dtype: str, offset: int, strides: tuple[int, ...], box: Box) -> Tensor:
+    """A box of a tensor in any order of rows and columns, as one run of elements.
+
+    Of a transposed tensor it lies all over the extent: read are stretches that hold little else.
+    """
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    sizes, steps = [box.sizes[dim] for dim in order], [strides[dim] for dim in order]
+    outer = next(dim for dim in range(len(order) + 1) if _is_dense(sizes[dim:], steps[dim:]))
+    count, width = _reach(sizes[outer:], steps[outer:]), torch_dtype(dtype).itemsize
+    begins = np.array([offset + sum(o * step for o, step in zip(box.offsets, strides, strict=True))])
+    for size, step in zip(sizes[:outer], steps[:outer], strict=True):
+        begins = np.add.outer(begins, step * np.arange(size)).reshape(-1)
+    found = torch.frombuffer(extent.stretches((begins * width).tolist(), count * width), dtype=torch_dtype(dtype))
+    here = [step * count for step in _row_major(tuple(sizes[:outer]))] + steps[outer:]
+    return found.as_strided(sizes, here).permute(np.argsort(order).tolist()).reshape(-1)
+
+
+def _is_dense(sizes: Sequence[int], steps: Sequence[int]) -> bool:
+    """Whether a box is read at once with what lies between its elements."""
+    return _reach(sizes, steps) <= _SPARSE * math.prod(sizes)
+
+
+def _reach(sizes: Sequence[int], steps: Sequence[int]) -> int:
+    """Elements from the first to the last one of a box, with what lies between."""
+    return 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
 
 
 def _numbers(extent: Bytes, dtype: str, begin: int, count: int) -> Tensor:
@@ -214,6 +259,23 @@ def _numbers(extent: Bytes, dtype: str, begin: int, count: int) -> Tensor:
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _stretch(file: io.FileIO, begin: int, length: int) -> bytearray:
+    """Bytes of a file, as many as there are."""
+    found = bytearray(length)
+    view = memoryview(found)
+    file.seek(begin)
+    at = 0
+    while at < length and (count := file.readinto(view[at:])):
+        at += count
+    return found if at == length else found[:at]
+
+
+def _changed(path: Path) -> StoreError:
+    return StoreError(
+        f"{path}: was changed while it was read", hint="wait until what writes it is done, and start the same again"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sharded_phema.errors import StoreError
-from sharded_phema.importers.contract import Find
+from sharded_phema.importers.contract import Find, Foreign, Reading
 from sharded_phema.importers.dcp import find_dcp, find_torchtitan
 from sharded_phema.importers.deepspeed import find_deepspeed
 from sharded_phema.importers.edm2 import find_edm2
@@ -16,7 +16,7 @@ from sharded_phema.importers.karras import find_ema_pytorch, find_posthoc_ema
 from sharded_phema.importers.lightning import find_lightning
 from sharded_phema.importers.torchsave import find_torch
 
-__all__ = ["FORMATS", "format_of"]
+__all__ = ["FORMATS", "find", "format_of"]
 
 FORMATS: dict[str, Find] = {
     "edm2": find_edm2,
@@ -41,6 +41,26 @@ _SIGNS = (
     ("posthoc-ema or ema-pytorch", r"[0-9]+\.[0-9]+\.pt"),
     ("torch", r".*\.(pt|pth|bin)"),
 )
+
+
+def find(source: Path, format: str, reading: Reading) -> tuple[str, list[Foreign]]:
+    """What training time counts in a folder of checkpoints, and these, in order of time.
+
+    Args:
+        source: Folder of the checkpoints, or one file.
+        format: A key of ``FORMATS``; empty for the one that the folder looks like.
+        reading: What the files do not tell.
+
+    Raises:
+        StoreError: There are none of the format.
+    """
+    if not source.exists():
+        raise StoreError(f"{source}: there is nothing", hint="give the folder in which the checkpoints lie")
+    name = format or format_of(source)
+    if name not in FORMATS:
+        raise StoreError(f"--from {name}: unknown format", hint=f"there are {', '.join(FORMATS)}")
+    found = sorted(FORMATS[name](source, reading), key=lambda one: one.t)
+    return reading.unit or ("images" if name == "edm2" else "steps"), found
 
 
 def format_of(source: Path) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-
-import xxhash
+from dataclasses import dataclass, replace
 
 from sharded_phema.errors import OutputError
 from sharded_phema.folder import Folder, is_there
-from sharded_phema.importers.agreement import Model, check_open
+from sharded_phema.importers.agreement import Model, check_open, identity_of
 from sharded_phema.importers.contract import Foreign, Tensors
 from sharded_phema.importers.portions import Portion, empty_shards, portions, shards_of
 from sharded_phema.manifest import Part, RunRecord, SessionRecord, SnapshotRecord
@@ -76,7 +74,7 @@ def write_run(
         StoreError: A checkpoint cannot be read, or the folder cannot be written.
     """
     parts = portions(model, max(int(_SHARE * memory), 1))
-    identity = _identity(checkpoints, model, unit, parts)
+    identity = identity_of(checkpoints, model, unit, ranges=[part.ranges for part in parts])
     raw = {"dtype": model.dtype, "copied": model.copied}
     run = RunRecord(identity, unit, model.averages, model.parameters, **raw)  # type: ignore[arg-type]
     task = _Import(folder, model, run, identity[:12], parts)
@@ -142,13 +140,6 @@ class _Snapshot:
 def _added(sums: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
     """Sums over the parts; none where a part holds numbers that are not finite."""
     return tuple(map(math.fsum, zip(*sums, strict=True))) if all(sums) else ()
-
-
-def _identity(checkpoints: Sequence[Foreign], model: Model, unit: str, parts: Sequence[Portion]) -> str:
-    """The same for the same import: so that one that was interrupted is known again."""
-    files = [(one.where, one.t, one.start, one.size) for one in checkpoints]
-    facts = {"files": files, "unit": unit, "ranges": [part.ranges for part in parts], **asdict(model)}
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, default=str).encode())
 
 
 def _prepare(folder: Folder, identity: str) -> None:

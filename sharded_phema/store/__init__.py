@@ -9,7 +9,7 @@ from sharded_phema.store.cuts import Here, Layout, here, layout_record
 from sharded_phema.store.frozen import FrozenLayer, stored_frozen, write_frozen
 from sharded_phema.store.names import snapshot_folder
 from sharded_phema.store.norms import squared_norms
-from sharded_phema.store.reader import Snapshot
+from sharded_phema.store.reader import Elsewhere, Snapshot
 from sharded_phema.store.records import layout_id
 from sharded_phema.store.run import Run, open_run, open_whole, run_exists, sessions_of
 from sharded_phema.store.shelf import Damaged
@@ -29,6 +29,7 @@ __all__ = [
     "BoxTensor",
     "Claim",
     "Damaged",
+    "Elsewhere",
     "FrozenLayer",
     "Here",
     "Layout",

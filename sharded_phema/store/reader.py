@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +16,34 @@ from sharded_phema.blocks import BlockFile
 from sharded_phema.folder import Folder
 from sharded_phema.layout import Box
 from sharded_phema.manifest import RunRecord, SnapshotRecord
+from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.store import names
 from sharded_phema.store.cuts import Held, Layout
 from sharded_phema.store.frozen import FrozenLayer, stored_frozen
 from sharded_phema.store.stored import Numbers, Stored
 from sharded_phema.store.tensors import TensorFile, as_tensor, bits_of
+from sharded_phema.stream import Passing
 
-__all__ = ["Snapshot"]
+__all__ = ["Elsewhere", "Snapshot"]
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
+
+
+class Elsewhere(Protocol):
+    """Numbers of a snapshot that no run folder holds, as one rank would store them that has every tensor whole."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes of a number of each averaged parameter where they lie."""
+
+    def stream(self, average: int) -> Passing:
+        """All parameters of an average, end to end, in the dtype of the run's record."""
+
+    def fill(self, key: str, dtype: str, numel: int, first: int, out: NDArray[Any]) -> None:
+        """As ``TensorFile.fill``."""
+
+    def check(self, expected: Sequence[tuple[str, str, int]]) -> None:
+        """As ``TensorFile.check``."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Snapshot:
         layout: What each rank stores.
         frozen: Where the frozen tensors lie as they were then: what this session's ranks stored, then what it had
             found.
+        elsewhere: Where its numbers are read instead; None for the run folder.
     """
 
     root: Folder
@@ -46,6 +67,7 @@ class Snapshot:
     facts: SnapshotRecord
     layout: Layout = field(repr=False)
     frozen: tuple[FrozenLayer, ...] = field(repr=False)
+    elsewhere: Elsewhere | None = field(default=None, repr=False, compare=False)
     _files: dict[int, TensorFile] = field(default_factory=dict, init=False, repr=False, compare=False)
     _begins: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _stored: dict[tuple[int, int], Stored] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -69,6 +91,12 @@ class Snapshot:
     def size(self) -> int:
         """Bytes of its tensor files."""
         return sum(part.size for part in self.facts.parts)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes of a number of each averaged parameter where they lie."""
+        stored = (STORED_BYTES[self.record.dtype],) * len(self.record.parameters)
+        return self.elsewhere.widths if self.elsewhere else stored
 
     @property
     def norms(self) -> tuple[float, ...]:
@@ -172,7 +200,7 @@ class Snapshot:
                     yield names.frozen_files(layer.session, number, rank)[1]
 
     def _check_file(self, rank: int, expected: Sequence[tuple[str, str, int]]) -> None:
-        self._file(rank).check(expected)
+        (self.elsewhere or self._file(rank)).check(expected)
 
     def _expected(self) -> Mapping[int, list[tuple[str, str, int]]]:
         """Of each rank that wrote a file: key, dtype and elements of each of its tensors."""
@@ -211,7 +239,8 @@ class Snapshot:
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: str, held: Held, kind: type[np.generic]) -> Stored:
 
         def fill(rank: int, number: int, box: Box, first: int, out: Numbers) -> None:
-            self._file(rank).fill(names.box_key(name, number), dtype, box.numel, first, out)
+            holder = self.elsewhere or self._file(rank)
+            holder.fill(names.box_key(name, number), dtype, box.numel, first, out)
 
         return Stored(self.where, name, shape, held, kind, fill)
 

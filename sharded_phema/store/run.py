@@ -107,8 +107,10 @@ def open_run(root: str | os.PathLike[str] | Folder) -> Run:
     return Run(folder, record, order, tuple(abandoned), unfinished, damaged, head=next(iter(cutoffs), ""))
 
 
-def open_whole(root: str | os.PathLike[str] | Folder) -> Run:
-    """The same, for a reader of all of the model: ``check_frozen`` too."""
+def open_whole(root: str | os.PathLike[str] | Folder | Run) -> Run:
+    """The same, for a reader of all of the model: ``check_frozen`` too. A run that is open is taken as it is."""
+    if isinstance(root, Run):
+        return root
     run = open_run(root)
     run.check_frozen()
     return run
