@@ -46,6 +46,7 @@ class Outputs:
 
     files: TensorFiles
     record: RunRecord
+    _rooms: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
 
     def write(self, pieces: Sequence[Piece], values: Tensor, folders: Sequence[Sequence[Path]]) -> int:
@@ -66,12 +67,20 @@ class Outputs:
         dtype = torch_dtype(self.files.places[pieces[0].parameter].dtype)
         for row, several in zip(values, folders, strict=True):
             self._check_range(pieces, row, dtype)
-            numbers = row.to(dtype)
+            numbers = self._rounded(row, dtype)
             for folder in several:
                 written += sum(
                     self._put(f"{folder}/{run.file}", run.begin, numbers[run.start : run.stop]) for run in runs
                 )
         return written
+
+    def _rounded(self, row: Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers in the dtype of the output, until the next ones: fresh memory would cost more than the rounding."""
+        if row.dtype == dtype:
+            return row
+        if len(room := self._rooms.get(dtype, row[:0])) < len(row):
+            room = self._rooms[dtype] = torch.empty_like(row, dtype=dtype)
+        return room[: len(row)].copy_(row)
 
     def write_raw(self, index: int, start: int, values: Tensor, folders: Sequence[Path]) -> int:
         """Write elements of one flattened tensor that was stored as it is; infinities stay what they are.

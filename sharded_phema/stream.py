@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from sharded_phema.blocks import BLOCK_BYTES, DIGEST_BYTES, BlockFile
 from sharded_phema.folder import OpenFile
 
 __all__ = ["Passing", "Stream"]
+
+_spare = threading.local()
 
 GAP_BYTES = 1 << 18
 """What is read only because it shares a block with what is wanted is read in such pieces."""
@@ -102,7 +105,10 @@ class Stream:
         Raises:
             StoreError: As of ``fill`` and ``check``.
         """
-        self._skip(self._end)
+        room = _room()
+        while self._at % BLOCK_BYTES and self._at < self._end:
+            self.check()  # it sees what lies in the room, before something else does
+            self._read(room[: self._end - self._at])
         self.check()
 
     def close(self) -> None:
@@ -134,3 +140,11 @@ class Stream:
         self._at += len(out)
         if self._at >= self._end:
             self._end = min(self._at // BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES, self.file.size)
+
+
+def _room() -> memoryview:
+    """Memory of this thread for bytes that are only hashed: fresh memory would cost more than reading them."""
+    room: memoryview = getattr(_spare, "room", memoryview(b""))
+    if len(room) != GAP_BYTES:
+        room = _spare.room = memoryview(bytearray(GAP_BYTES))
+    return room

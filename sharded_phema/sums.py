@@ -21,6 +21,7 @@ from sharded_phema.errors import TargetError
 from sharded_phema.feed import Feed
 from sharded_phema.folder import is_local
 from sharded_phema.kernels.summing import summing
+from sharded_phema.pages import zeros_in_huge_pages
 from sharded_phema.recipe import Plan
 from sharded_phema.rounding import STORED_BYTES
 from sharded_phema.source import Source
@@ -129,7 +130,9 @@ class Sums:
         stored, rows, wide = torch_dtype(plan.run.record.dtype), min(GROUP, len(plan.sources)), strip + PAD
         local = self._device.type == "cpu"
         # Zeros, since what is left over of an earlier strip is multiplied too.
-        self._read = torch.zeros(AHEAD + 1, rows, wide, dtype=stored, pin_memory=not local)
+        shape = (AHEAD + 1, rows, wide)
+        pinned = None if local else torch.zeros(shape, dtype=stored, pin_memory=True)
+        self._read = zeros_in_huge_pages(*shape, dtype=stored) if pinned is None else pinned
         self._rows = [[*group[:, :strip].view(torch.uint8).numpy()] for group in self._read]
         few = local and _few(plan, precision)
         self._sum = summing(worth_compiling=_bytes_of(plan) >= COMPILE_BYTES) if few else None

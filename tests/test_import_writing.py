@@ -76,7 +76,7 @@ def peak_of(act: Callable[[], object]) -> int:
 def peak_of_import(source: Path, folder: Path, name: str) -> int:
     """Of a second import: modules that are loaded when they are needed are none of the budget.
 
-    In a process of its own, since holes in the memory of one that has done much else before are filled or not, as it happens.
+    In a process of its own: in one that has done much else before, holes in memory are filled or not, as it happens.
     """
 
     def bring(run: str) -> None:

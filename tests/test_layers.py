@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"errors"},
-    {"folder", "leniency", "like", "seal"},
+    {"folder", "leniency", "like", "pages", "seal"},
     {"background", "blocks", "width", "layout", "movement", "rounding", "schedule", "spelling", "tensorfile", "world"},
     {"profile", "stream"},
     {"quadrature", "target", "manifest", "kernels", "lane", "backends", "commit", "fingerprint", "scope", "staging"},

@@ -174,35 +174,61 @@ void on_threads(Index count, const Index* starts, int threads, Act act) {
 constexpr int SUMS = 4;
 constexpr Index SUM_TILE = 1024;
 
-// Adds weights[k * stride] * values[i] to sums[k][i]. Product and sum are rounded one after the other, which any
-// library can do too: contraction is off.
-template <class Kind, int COUNT>
-void add(const typename Kind::Stored* __restrict values, const float* weights, Index stride,
-         float (*__restrict sums)[SUM_TILE], Index count) {
-    float factor[COUNT];
-    for (int k = 0; k < COUNT; k++) factor[k] = weights[k * stride];
+// Adds weights[k * stride + row] * values[row][begin + i] to sums[k][i], for some rows one after the other, while a sum is in a
+// register. Product and sum are rounded one after the other, which any library can do too: contraction is off.
+template <class Kind, int COUNT, int ROWS>
+void add(const void* const* values, Index begin, const float* weights, Index stride, float (*__restrict sums)[SUM_TILE],
+         Index count) {
+    const typename Kind::Stored* __restrict from[ROWS];
+    float factor[COUNT][ROWS];
+    for (int row = 0; row < ROWS; row++) {
+        from[row] = at<Kind>(values[row], begin);
+        for (int k = 0; k < COUNT; k++) factor[k][row] = weights[k * stride + row];
+    }
 #pragma omp simd
     for (Index i = 0; i < count; i++) {
-        const float value = Kind::widened(values[i]);
-        for (int k = 0; k < COUNT; k++) sums[k][i] += factor[k] * value;
+        for (int k = 0; k < COUNT; k++) {
+            float sum = sums[k][i];
+            for (int row = 0; row < ROWS; row++) sum += factor[k][row] * Kind::widened(from[row][i]);
+            sums[k][i] = sum;
+        }
     }
 }
 
+template <class Kind, int COUNT>
+void add_rows(Index rows, const void* const* values, Index begin, const float* weights, Index stride,
+              float (*sums)[SUM_TILE], Index count) {
+    Index row = 0;
+    for (; row + 4 <= rows; row += 4) add<Kind, COUNT, 4>(values + row, begin, weights + row, stride, sums, count);
+    for (; row < rows; row++) add<Kind, COUNT, 1>(values + row, begin, weights + row, stride, sums, count);
+}
+
 template <class Kind>
-void add_any(const typename Kind::Stored* values, const float* weights, Index stride, float (*sums)[SUM_TILE],
-             Index width, Index count) {
+void add_any(Index rows, const void* const* values, Index begin, const float* weights, Index stride, Index width,
+             float (*sums)[SUM_TILE], Index count) {
     switch (width) {
-        case 1: return add<Kind, 1>(values, weights, stride, sums, count);
-        case 2: return add<Kind, 2>(values, weights, stride, sums, count);
-        case 3: return add<Kind, 3>(values, weights, stride, sums, count);
-        default: return add<Kind, 4>(values, weights, stride, sums, count);
+        case 1: return add_rows<Kind, 1>(rows, values, begin, weights, stride, sums, count);
+        case 2: return add_rows<Kind, 2>(rows, values, begin, weights, stride, sums, count);
+        case 3: return add_rows<Kind, 3>(rows, values, begin, weights, stride, sums, count);
+        default: return add_rows<Kind, 4>(rows, values, begin, weights, stride, sums, count);
+    }
+}
+
+// Compilers do not vectorise the widening of float16 inside of a longer loop: row by row, it goes first.
+void add_half(Index rows, const void* const* values, Index begin, const float* weights, Index stride, Index width,
+              float (*sums)[SUM_TILE], Index count) {
+    float room[SUM_TILE];
+    const void* const widened[1] = {room};
+    for (Index row = 0; row < rows; row++) {
+        widen(at<Half>(values[row], begin), room, count);
+        add_any<Single>(1, widened, 0, weights + row, stride, width, sums, count);
     }
 }
 
 // At most SUMS sums, tile by tile, each over all rows in their order.
 void sum_tiles(Index rows, const void* const* values, int kind, const float* weights, Index width, float* const* sums,
                bool fresh, Index count) {
-    float tile[SUMS][SUM_TILE], room[SUM_TILE];
+    float tile[SUMS][SUM_TILE];
     for (Index begin = 0; begin < count; begin += SUM_TILE) {
         const Index length = std::min(SUM_TILE, count - begin), bytes = length * static_cast<Index>(sizeof(float));
         for (Index k = 0; k < width; k++) {
@@ -210,16 +236,10 @@ void sum_tiles(Index rows, const void* const* values, int kind, const float* wei
             if (fresh) std::fill_n(tile[k], length, -0.0f);
             else std::memcpy(tile[k], sums[k] + begin, bytes);
         }
-        for (Index row = 0; row < rows; row++) {
-            const float* own = weights + row;
-            if (kind == 0) {
-                add_any<Single>(at<Single>(values[row], begin), own, rows, tile, width, length);
-            } else if (kind == 1) {
-                add_any<Brain>(at<Brain>(values[row], begin), own, rows, tile, width, length);
-            } else {
-                widen(at<Half>(values[row], begin), room, length);
-                add_any<Single>(room, own, rows, tile, width, length);
-            }
+        switch (kind) {
+            case 0: add_any<Single>(rows, values, begin, weights, rows, width, tile, length); break;
+            case 1: add_any<Brain>(rows, values, begin, weights, rows, width, tile, length); break;
+            default: add_half(rows, values, begin, weights, rows, width, tile, length);
         }
         for (Index k = 0; k < width; k++) std::memcpy(sums[k] + begin, tile[k], bytes);
     }

@@ -84,7 +84,8 @@ def _features() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    found = (line for line in lines if line.startswith(("flags", "Features")))
+    return next(found, "") or platform.processor()  # which starts a process, and so is asked last
 
 
 def _build(target: Path) -> None:
