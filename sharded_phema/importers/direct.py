@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +34,10 @@ def open_foreign(
 ) -> Run:
     """Checkpoints of another package as a run, which ``reconstruct`` takes. Called by every rank.
 
-    Headers are read, and what is rebuilt later reads its ranges of the files themselves. A checkpoint whose headers
-    cannot be read counts as a damaged snapshot. Nothing that lies on disk is executed.
+    Headers are read, and what is rebuilt later reads its ranges of the files themselves, to the bits that an import
+    would have led to. Where checkpoints hold several averages, norms of these tell how much rounding counts: of a large
+    model they are those of a sample, so that coefficients may differ a little from the import's. A checkpoint whose
+    headers cannot be read counts as a damaged snapshot. Nothing that lies on disk is executed.
 
     Args:
         source: Folder of the checkpoints, or one file.
@@ -76,9 +78,21 @@ class _Opened:
     norms: Mapping[str, Norms]
 
     @property
+    def root(self) -> Folder:
+        """The folder in which the checkpoints lie, also where the source is one of them."""
+        alone = self.source.is_file() or any(Path(one.where) == self.source for one in self.found)
+        return open_folder(self.source.parent if alone else self.source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each checkpoint is called in that folder."""
+        return tuple(os.path.relpath(one.where, self.root.url) for one in self.found)
+
+    @property
     def identity(self) -> str:
-        """The same for the same files, read alike."""
-        return identity_of(self.found, self.model, self.unit)
+        """The same for the same files, read alike, however the folder is spelled."""
+        files = [replace(one, where=name) for one, name in zip(self.found, self.names, strict=True)]
+        return identity_of(files, self.model, self.unit)
 
 
 def _opened(source: Path, format: str, reading: Reading) -> _Opened:
@@ -133,14 +147,13 @@ def _agreed(opened: _Opened) -> tuple[Mapping[str, str], Mapping[str, Norms]]:
 
 def _run(opened: _Opened, broken: Mapping[str, str], norms: Mapping[str, Norms]) -> Run:
     """Snapshots of a run of one rank, which holds every tensor whole."""
-    model, identity, root = opened.model, opened.identity, _root(opened)
+    model, identity, root = opened.model, opened.identity, opened.root
     raw = {"dtype": model.dtype, "copied": model.copied}
     record = RunRecord(identity, opened.unit, model.averages, model.parameters, **raw)  # type: ignore[arg-type]
     layout = Layout(layout_record(record, [here(empty_shards(model, portions(model, _ALL)[0]))]), record)
     snapshots, damaged = [], []
-    for number, one in enumerate(opened.found):
-        name, parts = os.path.relpath(one.where, root.url), (Part(sum(one.size[::2])),)
-        told = norms.get(one.where, ((), ()))
+    for number, (one, name) in enumerate(zip(opened.found, opened.names, strict=True)):
+        parts, told = (Part(sum(one.size[::2])),), norms.get(one.where, ((), ()))
         facts = SnapshotRecord(identity, identity[:12], number, one.t, one.start, parts, *told)
         if one.where in broken:
             damaged.append(Damaged(name, broken[one.where], facts))
@@ -148,9 +161,3 @@ def _run(opened: _Opened, broken: Mapping[str, str], norms: Mapping[str, Norms])
             place = InPlace(model, partial(_compared, model, *opened.first, one))
             snapshots.append(Snapshot(root, name, record, facts, layout, (), place))
     return Run(root, record, tuple(snapshots), (), (), tuple(damaged), head="")
-
-
-def _root(opened: _Opened) -> Folder:
-    """The folder in which the checkpoints lie, also where the source is one of them."""
-    alone = opened.source.is_file() or any(Path(one.where) == opened.source for one in opened.found)
-    return open_folder(opened.source.parent if alone else opened.source)
