@@ -17,6 +17,7 @@ from commands import run as command
 from sharded_phema import figures
 from sharded_phema.errors import OutputError, StoreError, TargetError
 from sharded_phema.figures.canvas import literal
+from sharded_phema.figures.curves import LINE
 from sharded_phema.figures.sweep import kinds_in
 from sharded_phema.per_tensor import whole_model
 from sharded_phema.profile import Power
@@ -215,6 +216,10 @@ def test_the_best_may_be_the_highest_at_the_edge_or_without_a_width() -> None:
     highest = figures.sweep(tally(scores, better="higher")).axes[0]
     assert highest.collections[-1].get_offsets()[0].tolist() == [0.2, pytest.approx(max(s.score for s in scores))]
     assert "at the edge of what was tried" in highest.get_title(loc="left")
+    noisy = [score(w, value + repeat, repeat=repeat) for w, value in bowl(0.03).items() for repeat in (0, 1)]
+    title = figures.sweep(tally(noisy)).axes[0].get_title(loc="left")
+    assert " ".join(title.split()).endswith("in 2 evaluations); at the edge of what was tried")
+    assert max(map(len, title.splitlines())) <= LINE  # longer ones would be cut
     best = [*scores, score(None, 9.0, target="uniform"), score(None, 1.0, target="window:0.2")]
     others = figures.sweep(tally(best)).axes[1]
     assert others.collections[-1].get_offsets().tolist() == [[1.0, 1.0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from sharded_phema.tally import Entry, Tally
 from sharded_phema.target import parse_target
 
 __all__ = ["best_of", "circle", "draw_curve", "draw_others", "has_width", "heading", "hues", "scale", "widths_in"]
+
+LINE = 88
+"""Characters that a line of a title has room for."""
 
 _MANY = 20.0  # a range of scores as wide as this, as a factor, wants a logarithmic axis
 
@@ -44,9 +48,10 @@ def best_of(tally: Tally) -> str:
 
 
 def heading(tally: Tally, *, at: float | None) -> str:
-    """Title of a figure: the metric, the training time where there is but one, and the best on a line of its own."""
+    """Title of a figure: the metric, the training time where there is but one, and the best on lines of its own."""
     when = "" if at is None else f" at {spelled(at)} {literal(tally.unit, 20)}"
-    return f"{literal(tally.metric, 60)}{when}\n{best_of(tally)}"
+    # Longer lines would be cut at the edge of the figure.
+    return "\n".join([f"{literal(tally.metric, 60)}{when}", *wrap(best_of(tally), LINE)])
 
 
 def draw_curve(axes: Any, entries: Sequence[Entry], *, hue: Any, label: str = "", marker: str = "o") -> None:

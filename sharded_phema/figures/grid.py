@@ -52,7 +52,7 @@ def grid(tally: Tally) -> Any:
     if len(values) <= 12:
         axes.set_yticks(values, [f"{value:g}" for value in values])
         axes.set_yticks([], minor=True)
-    axes.set_title(heading(tally, at=tally.times[0]), loc="left")
+    axes.set_title(heading(tally, at=tally.times[0]), loc="left", fontsize=10.5)
     return figure
 
 

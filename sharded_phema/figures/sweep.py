@@ -91,7 +91,7 @@ def _length(tally: Tally) -> Any:
     else:
         circle(panels[0, 1], others.index(best), best.mean)
     _finish(axes, last)
-    axes.set_title(heading(last, at=last.times[0]), loc="left")
+    axes.set_title(heading(last, at=last.times[0]), loc="left", fontsize=10.5)
     title = literal(last.seconds[0].name, 20) if last.seconds else ""
     legend(axes, outside=not others, title=title)
     return figure
@@ -114,7 +114,7 @@ def _group(tally: Tally) -> Any:
         axes.axhline(entry.mean, color=GREY, ls="--", lw=1.2, label=f"all parameters: {literal(base)}")
     circle(axes, parts.best.first.sigma_rel or 0.0, parts.best.mean)
     _finish(axes, parts)
-    axes.set_title(heading(parts, at=parts.times[0]), loc="left")
+    axes.set_title(heading(parts, at=parts.times[0]), loc="left", fontsize=10.5)
     legend(axes, outside=True, title="own average of")
     return figure
 
