@@ -45,6 +45,7 @@ LONG = [
     "test_sweep.py",
     "test_posthoc_decay.py",
     "test_reconstruct.py",
+    "test_import_direct.py",
     "test_job.py",
     "test_demo.py",
     "test_readme.py",
