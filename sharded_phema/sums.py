@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import cycle, islice
 from threading import Event
 from typing import Literal
 
@@ -92,12 +92,18 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A group of sources of a strip: what is read, and then added, at once; ``turn`` says into which buffer."""
+    """A group of sources of a strip: what is read, and then added, at once.
+
+    Attributes:
+        turn: Which buffer it is read into.
+        side: Which sums it is added to: those of the strip before may still be written.
+    """
 
     job: Strip
     group: tuple[Source, ...]
     weights: Tensor
     turn: int
+    side: int
     first: bool
     last: bool
     checked: Event = field(default_factory=Event, compare=False)
@@ -138,12 +144,12 @@ class Sums:
         self._sum = summing(worth_compiling=_bytes_of(plan) >= COMPILE_BYTES) if few else None
         as_read = few or (local and precision == plan.run.record.dtype)
         self._values = None if as_read else torch.zeros(rows, wide, dtype=self._dtype, device=self._device)
-        self._sums = torch.empty(len(plan.targets), wide, dtype=self._dtype, device=self._device)
+        self._sums = torch.empty(2, len(plan.targets), wide, dtype=self._dtype, device=self._device)
         self._mixes: dict[tuple[int, ...], _Mix] = {}
         self._waiting = False
 
     def over(self, jobs: Iterable[Strip]) -> Iterator[tuple[Strip, Tensor]]:
-        """Strips, each with its sums, (targets, elements), on the CPU, valid until the next one is asked for.
+        """Strips, each with its sums, (targets, elements), on the CPU, valid until the one after the next is asked for.
 
         The next sources are read and checked, by a thread, while those that were read are summed.
 
@@ -163,15 +169,18 @@ class Sums:
                 ahead.extend((step, reader.submit(self._fill, step)) for step in islice(steps, 1))
                 self._add(step)
                 if step.last:
-                    yield step.job, self._sums[: len(step.job.targets), : step.job.numel].cpu()
+                    yield step.job, self._into(step)[:, : step.job.numel].cpu()
 
     def _steps(self, jobs: Iterable[Strip]) -> Iterator[_Step]:
         turn = 0
-        for job in jobs:
+        for side, job in zip(cycle(range(2)), jobs, strict=False):
             mix = self._mix(job.targets)
             for number, (group, weights) in enumerate(zip(mix.groups, mix.weights, strict=True)):
-                yield _Step(job, group, weights, turn, number == 0, number + 1 == len(mix.groups))
+                yield _Step(job, group, weights, turn, side, number == 0, number + 1 == len(mix.groups))
                 turn = (turn + 1) % (AHEAD + 1)
+
+    def _into(self, step: _Step) -> Tensor:
+        return self._sums[step.side, : len(step.job.targets)]
 
     def _fill(self, step: _Step) -> None:
         size = step.job.numel * self._read.element_size()
@@ -183,7 +192,7 @@ class Sums:
             step.checked.set()
 
     def _add(self, step: _Step) -> None:
-        sums, values = self._sums[: len(step.job.targets)], self._read[step.turn, : len(step.group)]
+        sums, values = self._into(step), self._read[step.turn, : len(step.group)]
         if self._sum is not None:
             self._sum(sums[:, : step.job.numel], values[:, : step.job.numel].unbind(), step.weights, step.first)
             return
@@ -237,8 +246,8 @@ def strip_of(plan: Plan, memory: float = math.inf, precision: Precision = "float
     """
     wide, rows, stored = (4 if precision == "float32" else 8), min(GROUP, len(plan.sources)), _width(plan)
     values = 0 if _few(plan, precision) or precision == plan.run.record.dtype else wide
-    # Beside rows and sums: sums as they are rounded, and what checks and conversions make of one row.
-    element = rows * (stored * (AHEAD + 1) + values) + len(plan.targets) * wide + 4 * 4
+    # Sums twice: some are written meanwhile. Beside them sums as they are rounded, and what checks make of one row.
+    element = rows * (stored * (AHEAD + 1) + values) + 2 * len(plan.targets) * wide + 4 * 4
     strip = (STRIP_BYTES if is_local(plan.run.root) else REMOTE_STRIP_BYTES) // stored
     while (strip + PAD) * element + KEPT_BYTES > memory and strip > LEAST_STRIP:
         strip //= 2

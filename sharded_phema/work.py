@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sharded_phema.feed import Feed
 from sharded_phema.grid import Grid, Pieces, RawRange, grid_of, shares
@@ -122,16 +123,27 @@ class Work:
         """Each block once it is written: averaged ones, then the others, as they lie in the grid."""
         contents = [self._grid[block] for block in blocks]
         numbers = iter(blocks)
-        for job, values in self._sums.over(
-            job for block in contents if isinstance(block, tuple) for job in self._jobs(block)
-        ):
-            self.bytes_written += self._outputs.write(job.pieces, values, self._folders_of(job))
+        sums = self._sums.over(job for block in contents if isinstance(block, tuple) for job in self._jobs(block))
+        for job, written in self._written(sums):
+            self.bytes_written += written
             if job.last:
                 yield next(numbers)
         for block in contents:
             if isinstance(block, RawRange):
                 self._carry_over(block)
                 yield next(numbers)
+
+    def _written(self, strips: Iterable[tuple[Strip, Tensor]]) -> Iterator[tuple[Strip, int]]:
+        """Each strip once it is written, with the bytes of it: by a thread, while the next one is summed."""
+        with ThreadPoolExecutor(1, "sharded_phema_writer") as writer:
+            last: tuple[Strip, Future[int]] | None = None
+            for job, values in strips:
+                following = job, writer.submit(self._outputs.write, job.pieces, values, self._folders_of(job))
+                if last:
+                    yield last[0], last[1].result()
+                last = following
+            if last:
+                yield last[0], last[1].result()
 
     def _jobs(self, block: Pieces) -> Iterator[Strip]:
         """A block as strips, each of one choice of targets."""
