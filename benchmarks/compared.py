@@ -47,7 +47,8 @@ def _of_case(case: Found, budget: float) -> list[Row]:
         rows.append(_least("", "classic way's seconds over ours", _ratio(ways, "classic", "ours"), times))
         error, theirs = ways["ours"]["worst error"], ways["classic"]["worst error"]
         if case["targets"] > 1:
-            rows.append(_most("", "worst error over the classic way's", error / theirs, 1.0))
+            # What is left out may cost a hundredth: that is how far the choice of sources goes.
+            rows.append(_most("", "worst error over the classic way's", error / theirs, 1.01))
     if {"ours", "dcp.load"} <= ways.keys() and case["targets"] == 1:
         rows.append(_least("", "dcp.load's seconds over ours", _ratio(ways, "dcp.load", "ours"), ONE_DCP))
     if {"ours", MANY} <= ways.keys():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sharded_phema.checkpoint import load_checkpoint, save_checkpoint
     from sharded_phema.errors import PhemaError
-    from sharded_phema.importers import import_run
+    from sharded_phema.importers import import_run, open_foreign
     from sharded_phema.load import load_into
     from sharded_phema.posthoc import PostHocEMA
     from sharded_phema.rebuild import reconstruct
@@ -24,6 +24,7 @@ __all__ = [
     "import_run",
     "load_checkpoint",
     "load_into",
+    "open_foreign",
     "parse_target",
     "reconstruct",
     "save_checkpoint",
@@ -38,6 +39,7 @@ _HOME = {
     "import_run": "sharded_phema.importers",
     "load_checkpoint": "sharded_phema.checkpoint",
     "load_into": "sharded_phema.load",
+    "open_foreign": "sharded_phema.importers",
     "parse_target": "sharded_phema.target",
     "reconstruct": "sharded_phema.rebuild",
     "save_checkpoint": "sharded_phema.checkpoint",

@@ -20,6 +20,7 @@ def test_the_public_names_are_these_and_sorted() -> None:
         "import_run",
         "load_checkpoint",
         "load_into",
+        "open_foreign",
         "parse_target",
         "reconstruct",
         "save_checkpoint",
