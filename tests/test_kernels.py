@@ -237,6 +237,21 @@ def test_on_a_device_nothing_is_waited_for() -> None:
     assert torch.cuda.memory_allocated() <= before + 4096
 
 
+@needs_cuda
+def test_on_a_device_an_update_can_be_part_of_a_graph() -> None:
+    params = [torch.randn(1000 + i, device="cuda").bfloat16() for i in range(50)]
+    usual, captured = ([[torch.zeros(p.shape, device="cuda") for p in params] for _ in range(2)] for _ in range(2))
+    ((eager,), (kernel,)) = (kernels_for("auto", averages, params) for averages in (usual, captured))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel((0.1, 0.2))
+    for _ in range(3):
+        graph.replay()
+        eager((0.1, 0.2))
+    for average, expected in zip(captured, usual, strict=True):
+        assert all(torch.equal(a, e) for a, e in zip(average, expected, strict=True))
+
+
 def test_what_triton_makes_for_a_device_reads_four_numbers_at_once() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -233,6 +233,40 @@ def test_updates_beside_the_training_give_the_same_bits(tmp_path, kind, options)
     assert ranks[0][2] == ["3.0", "6.0", "8.0"]
 
 
+def engine_body(stage: int, root: Path) -> list[list]:
+    """The same with an engine whose masters and optimizer are in host memory already."""
+    from zero_engines import Recipe, check_configured, engine_of, train_step
+
+    offload.CHUNK = 50
+    held: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
+    held |= {"offload_param": {"device": "cpu"}} if stage == 3 else {}
+    keeper = "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer"
+    recipe = Recipe(stage, keeper, torch.bfloat16, zero=held, adam="cpu")
+    with engine_of(recipe) as engine:
+        make = partial(PostHocEMA, engine, snapshot_every=1e9)
+        beside = {name: slowed(make(root / name, **{name: True})) for name in ("overlap", "offload")}
+        emas = [make(root / "usual"), *beside.values()]
+        for _ in range(6):
+            train_step(engine, torch.bfloat16)
+            for ema in emas:
+                ema.update()
+        check_configured(engine, recipe)
+        found = [pieces(ema._averages_by_label()) for ema in emas]
+        for ema in emas:
+            ema.close()
+        return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_masters_in_host_memory_are_averaged_beside_the_training_with_the_same_bits(tmp_path, stage) -> None:
+    pytest.importorskip("deepspeed")
+    ranks = run_ranks(2, engine_body, stage, tmp_path, timeout=240.0)
+    usual, *others = (assembled([rank[i] for rank in ranks]) for i in range(3))
+    for label, average in usual.items():
+        for other in others:
+            assert average and all(torch.equal(other[label][name], value) for name, value in average.items())
+
+
 def test_without_the_wait_of_steps_the_averages_are_wrong(tmp_path) -> None:
     # The control: the delay is long enough for the next step to overtake the update.
     with KINDS["plain"].make() as sharded:
