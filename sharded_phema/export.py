@@ -13,7 +13,11 @@ from sharded_phema.errors import OutputError
 from sharded_phema.manifest import Parameter, RawTensor
 from sharded_phema.tensorfile import DTYPES, header_of, torch_dtype
 
-__all__ = ["Place", "TensorFiles", "byte_count", "tensor_files"]
+__all__ = ["DRAFTS", "Place", "TensorFiles", "byte_count", "tensor_files"]
+
+DRAFTS = ".drafts"
+"""Folder beside checkpoints that are made, in which averages are rebuilt first: the sums are read once for all targets,
+and the numbers are those of a safetensors export, bit for bit."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

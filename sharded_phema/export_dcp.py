@@ -18,17 +18,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sharded_phema.errors import OutputError
-from sharded_phema.export import Place, TensorFiles
+from sharded_phema.export import DRAFTS, Place, TensorFiles
 from sharded_phema.layout import boxes_of_flat_range
 from sharded_phema.store import BoxTensor, pieces_in
 from sharded_phema.tensorfile import torch_dtype
 from sharded_phema.world import agree, from_first, rank_and_size
 
-__all__ = ["DRAFTS", "convert", "shares"]
-
-DRAFTS = ".drafts"
-"""Folder beside the checkpoints in which averages are rebuilt: the sums are read once for all targets, and the numbers
-are those of a safetensors export, bit for bit."""
+__all__ = ["convert", "shares"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_phema.errors import OrderError, OutputError, PhemaError
-from sharded_phema.export_dcp import DRAFTS, convert
+from sharded_phema.export import DRAFTS
 from sharded_phema.feed import Feed
 from sharded_phema.fit import Metric
 from sharded_phema.job import Job, begin
@@ -261,6 +261,8 @@ class _Rebuilding:
         """Turn drafts into checkpoints. Drafts go last and at once, so that it can be done again."""
         if not (files / DRAFTS).is_dir():
             return
+        from sharded_phema.export_dcp import convert  # other formats do without torch.distributed.checkpoint
+
         record = self._plan.run.record
         shapes = {p.name: p.shape for p in record.parameters} | {r.name: r.shape for r in record.raw}
         convert(files, self._prepared.slugs, shapes, self._prepared.files)

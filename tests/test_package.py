@@ -47,6 +47,17 @@ def test_importing_the_package_imports_neither_torch_nor_numpy() -> None:
     assert done.stdout.strip() == "light"
 
 
+def test_reading_a_run_does_without_torch_distributed_checkpoint() -> None:
+    # It takes as long to load as all of the rest together.
+    code = (
+        "import sys, sharded_phema.rebuild, sharded_phema.tables, sharded_phema.store\n"
+        "print([name for name in sys.modules if name.startswith('torch.distributed.checkpoint')])\n"
+        "sharded_phema.store.write_part, sharded_phema.store.BoxTensor"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_version_is_written_in_one_place() -> None:
     version = sharded_phema.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", version)

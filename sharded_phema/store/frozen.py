@@ -11,7 +11,6 @@ from sharded_phema.folder import Folder
 from sharded_phema.layout import Box, ShardLayout, cut
 from sharded_phema.manifest import FrozenRecord, RunRecord, SessionRecord
 from sharded_phema.store import names
-from sharded_phema.store.boxes import pieces_of
 from sharded_phema.store.cuts import Layout
 from sharded_phema.store.records import check_run, read_record, write_record
 from sharded_phema.store.stored import Numbers, Stored
@@ -32,6 +31,8 @@ def write_frozen(folder: Folder, record: FrozenRecord, layout: ShardLayout) -> N
     Raises:
         StoreError: A file exists already or cannot be written.
     """
+    from sharded_phema.store.boxes import pieces_of  # readers do without torch.distributed.checkpoint, half a second
+
     tensors = {
         names.box_key(shard.name, number): piece
         for shard in layout
