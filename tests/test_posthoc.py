@@ -494,8 +494,20 @@ def test_a_snapshot_before_anything_was_averaged_is_refused(tmp_path):
         act()
         with pytest.raises(OrderError, match="nothing was averaged yet"):
             ema.snapshot()
+        assert not ema.begun
     ema.close()
     assert open_run(tmp_path / "run").snapshots == ()
+
+
+def test_averaging_has_begun_once_weights_were_taken_or_restored(tmp_path):
+    ema = PostHocEMA(Free(w=1), tmp_path / "run", start=10)
+    ema.update(12)
+    assert ema.begun
+    ema.close()
+    again = PostHocEMA(Free(w=1), tmp_path / "run", start=10)
+    assert not again.begun
+    again.resume()
+    assert again.begun
 
 
 def test_snapshots_are_stored_when_multiples_are_passed_and_at_the_end(tmp_path):
