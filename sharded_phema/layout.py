@@ -21,6 +21,8 @@ __all__ = [
     "cut",
     "flattened",
     "intersection",
+    "reach",
+    "row_major",
     "rows_around",
     "tally",
     "whole",
@@ -183,3 +185,13 @@ def _powers(dim: int, offset: int, size: int) -> int:
 def _inside_row(shape: Sequence[int], row: int, start: int, stop: int) -> tuple[Box, ...]:
     inner = boxes_of_flat_range(shape[1:], start, stop)
     return tuple(Box((row, *box.offsets), (1, *box.sizes)) for box in inner)
+
+
+def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Elements from one to its neighbour in each dimension of a box that lies row by row."""
+    return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
+
+
+def reach(sizes: Sequence[int], steps: Sequence[int]) -> int:
+    """Elements from the first to the last one of a box, with what lies between, given the steps between neighbours."""
+    return 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice
 from threading import Event
 from typing import Literal
@@ -136,9 +137,8 @@ class Sums:
         stored, rows, wide = torch_dtype(plan.run.record.dtype), min(GROUP, len(plan.sources)), strip + PAD
         local = self._device.type == "cpu"
         # Zeros, since what is left over of an earlier strip is multiplied too.
-        shape = (AHEAD + 1, rows, wide)
-        pinned = None if local else torch.zeros(shape, dtype=stored, pin_memory=True)
-        self._read = zeros_in_huge_pages(*shape, dtype=stored) if pinned is None else pinned
+        zeros = zeros_in_huge_pages if local else partial(torch.zeros, pin_memory=True)
+        self._read = zeros(AHEAD + 1, rows, wide, dtype=stored)
         self._rows = [[*group[:, :strip].view(torch.uint8).numpy()] for group in self._read]
         few = local and _few(plan, precision)
         self._sum = summing(worth_compiling=_bytes_of(plan) >= COMPILE_BYTES) if few else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from sharded_phema.importers.extent import Extent
 from sharded_phema.importers.naming import files_in, sizes_of, time_of
 from sharded_phema.importers.torchfile import GLOBALS, load
 from sharded_phema.importers.unpickling import Inert, unpickled
-from sharded_phema.layout import Box, boxes_of_flat_range, intersection, whole
+from sharded_phema.layout import Box, boxes_of_flat_range, intersection, reach, row_major, whole
 from sharded_phema.tensorfile import torch_dtype
 
 __all__ = ["find_dcp", "find_torchtitan"]
@@ -167,10 +166,9 @@ def _piece(name: str, dtype: str, held: Box, place: Extent, shared: Box) -> Tens
     lazy = _loaded(place)
     if not isinstance(lazy, Lazy) or (lazy.shape, lazy.dtype) != (held.sizes, dtype):
         raise StoreError(f"{place.path}: holds another piece of {name} than .metadata says", hint=_MEND)
-    steps = [math.prod(held.sizes[dim + 1 :]) for dim in range(len(held.sizes))]
+    steps = row_major(held.sizes)
     first = sum((s - h) * step for s, h, step in zip(shared.offsets, held.offsets, steps, strict=True))
-    count = 1 + sum((size - 1) * step for size, step in zip(shared.sizes, steps, strict=True))
-    return lazy.read(first, first + count).as_strided(shared.sizes, steps)
+    return lazy.read(first, first + reach(shared.sizes, steps)).as_strided(shared.sizes, steps)
 
 
 @lru_cache(maxsize=4096)

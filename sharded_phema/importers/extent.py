@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sharded_phema.errors import StoreError
 from sharded_phema.importers.contract import Lazy
-from sharded_phema.layout import Box, boxes_of_flat_range
+from sharded_phema.layout import Box, boxes_of_flat_range, reach, row_major
 from sharded_phema.tensorfile import torch_dtype
 
 __all__ = ["Bytes", "Extent", "Held", "joined", "strided"]
@@ -220,7 +220,7 @@ def _read(
 ) -> Tensor:
     if start >= stop:
         return torch.empty(0, dtype=torch_dtype(dtype))
-    if strides == _row_major(shape) or math.prod(shape) == 1:
+    if strides == row_major(shape) or math.prod(shape) == 1:
         return _numbers(extent, dtype, offset + start, stop - start)
     return torch.cat([_box(extent, dtype, offset, strides, box) for box in boxes_of_flat_range(shape, start, stop)])
 
@@ -233,32 +233,23 @@ def _box(extent: Bytes, dtype: str, offset: int, strides: tuple[int, ...], box: 
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     sizes, steps = [box.sizes[dim] for dim in order], [strides[dim] for dim in order]
     outer = next(dim for dim in range(len(order) + 1) if _is_dense(sizes[dim:], steps[dim:]))
-    count, width = _reach(sizes[outer:], steps[outer:]), torch_dtype(dtype).itemsize
+    count, width = reach(sizes[outer:], steps[outer:]), torch_dtype(dtype).itemsize
     begins = np.array([offset + sum(o * step for o, step in zip(box.offsets, strides, strict=True))])
     for size, step in zip(sizes[:outer], steps[:outer], strict=True):
         begins = np.add.outer(begins, step * np.arange(size)).reshape(-1)
     found = torch.frombuffer(extent.stretches((begins * width).tolist(), count * width), dtype=torch_dtype(dtype))
-    here = [step * count for step in _row_major(tuple(sizes[:outer]))] + steps[outer:]
+    here = [step * count for step in row_major(tuple(sizes[:outer]))] + steps[outer:]
     return found.as_strided(sizes, here).permute(np.argsort(order).tolist()).reshape(-1)
 
 
 def _is_dense(sizes: Sequence[int], steps: Sequence[int]) -> bool:
     """Whether a box is read at once with what lies between its elements."""
-    return _reach(sizes, steps) <= _SPARSE * math.prod(sizes)
-
-
-def _reach(sizes: Sequence[int], steps: Sequence[int]) -> int:
-    """Elements from the first to the last one of a box, with what lies between."""
-    return 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    return reach(sizes, steps) <= _SPARSE * math.prod(sizes)
 
 
 def _numbers(extent: Bytes, dtype: str, begin: int, count: int) -> Tensor:
     width = torch_dtype(dtype).itemsize
     return torch.frombuffer(extent.part(begin * width, count * width).read(), dtype=torch_dtype(dtype))
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _stretch(file: io.FileIO, begin: int, length: int) -> bytearray:

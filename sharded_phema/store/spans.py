@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharded_phema.errors import StoreError
-from sharded_phema.layout import Box, boxes_of_flat_range, flattened, intersection, rows_around
+from sharded_phema.layout import Box, boxes_of_flat_range, flattened, intersection, reach, row_major, rows_around
 from sharded_phema.store.cuts import Layout, near
 
 __all__ = ["Piece", "Span", "Spans", "Strides"]
@@ -165,19 +165,9 @@ def _append(spans: list[Span], span: Span) -> None:
 
 def _span(rank: int, first: int, stored: Box, begin: int, wanted: Box, shared: Box) -> Span:
     """What a stored box and a wanted one share: from its first to its last element in the file."""
-    there, here = _steps(stored.sizes), _steps(wanted.sizes)
+    there, here = row_major(stored.sizes), row_major(wanted.sizes)
     skipped = sum(s * (i - o) for s, i, o in zip(there, shared.offsets, stored.offsets, strict=True))
     at = sum(s * (i - o) for s, i, o in zip(here, shared.offsets, wanted.offsets, strict=True))
-    count, length = _reach(shared.sizes, there), _reach(shared.sizes, here)
+    count, length = reach(shared.sizes, there), reach(shared.sizes, here)
     as_one = count == length == shared.numel
     return Span(rank, first + skipped, count, begin + at, None if as_one else (shared.sizes, there, here))
-
-
-def _steps(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Elements between neighbours in each dimension of a box that is stored row by row."""
-    return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
-
-
-def _reach(sizes: Sequence[int], steps: Sequence[int]) -> int:
-    """Elements from the first to the last one of a box, with what lies between."""
-    return 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
